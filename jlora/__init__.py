@@ -1,0 +1,40 @@
+"""LoRA as a pure transform of a parameter tree.
+
+`wrap` puts the factors A and B next to each kernel, `apply` runs an unchanged function on the wrapped tree at the
+factored cost, `optimizer` trains the adapters and holds the base, `merge` gives a plain tree again, W + scale * A @ B.
+"""
+
+from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
+from jlora.interpret.sites import sites
+from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
+from jlora.optim import grad, optimizer, value_and_grad
+from jlora.report import explain, summary
+from jlora.spec import Axes, LoraSpec
+from jlora.tree import MergePrecisionWarning, combine, labels, merge, partition, unwrap
+from jlora.wrap import wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptedParam",
+    "Axes",
+    "DenseFallbackError",
+    "DenseFallbackWarning",
+    "LoraParam",
+    "LoraSpec",
+    "MergePrecisionWarning",
+    "TrainableParam",
+    "apply",
+    "combine",
+    "explain",
+    "grad",
+    "labels",
+    "merge",
+    "optimizer",
+    "partition",
+    "sites",
+    "summary",
+    "unwrap",
+    "value_and_grad",
+    "wrap",
+]

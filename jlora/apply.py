@@ -1,0 +1,151 @@
+"""`apply`: runs an unchanged function on a wrapped tree."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.interpret.contract import CONTRACTIONS
+from jlora.interpret.control import CONTROL
+from jlora.interpret.factored import Factored
+from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.views import VIEWS
+from jlora.nodes import check_fit, is_node
+from jlora.paths import flatten, refill
+
+RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
+_COMPUTED = object()  # in the place of a result that is an array
+FALLBACKS = ("warn", "error", "ignore")
+
+
+class DenseFallbackWarning(UserWarning):
+    """A use of an adapted kernel had no factored rule: W + s A B was computed for it."""
+
+
+class DenseFallbackError(ValueError):
+    """The same under ``fallback="error"``."""
+
+
+def apply(
+    fn: Callable[..., Any], *, rng: jax.Array | None = None, fallback: str = "warn", freeze: bool = True
+) -> Callable[..., Any]:
+    """Makes an unchanged function run on wrapped trees, at the cost of the factors.
+
+    Wherever the function multiplies by an adapted kernel, ``x @ (W + s A B)`` is computed as
+    ``x @ W + s (x @ A) @ B``: in any framework, under scan, remat, vmap, cond, jit. A use that has no factored rule is
+    computed densely and warned of; the result is that of ``fn`` on the merged tree in every case. Such a use has no
+    dropout. Like `jax.jit`, it traces `fn`, so Python can't branch on the values of arrays in it.
+
+    Args:
+      fn: any function. An argument that contains a wrapped node is a parameter tree; others are passed on as they are.
+      rng: a PRNG key that switches the adapters' dropout on.
+      fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
+      freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
+
+    Returns:
+      A function with the arguments and results of `fn`, to use under `jax.jit`, `jax.grad`, `jax.vmap`.
+
+    Raises:
+      ValueError: if `fallback` is none of the three.
+      DenseFallbackError: when called, under ``fallback="error"``.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> jlora.apply(lambda params, x: x @ params["kernel"])(params, jnp.ones((5, 4))).shape
+      (5, 3)
+    """
+    if fallback not in FALLBACKS:
+        raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
+    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), rng, freeze)
+    return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
+
+
+def run_on_wrapped(
+    fn: Callable[..., Any], interpreter: Interpreter, rng: jax.Array | None, freeze: bool, /, *args: Any, **kwargs: Any
+) -> Any:
+    """Traces `fn` with the bases in place of the nodes, then evaluates the trace on the weights."""
+    paths, leaves, treedef = flatten((args, kwargs), is_node)
+    places = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+    if not places:
+        return fn(*args, **kwargs)
+    for i in places:
+        check_fit("apply", _inside(paths[i]), leaves[i])
+    if freeze:
+        leaves = _frozen((args, kwargs), leaves)
+    values = [leaves[i].effective(_inside(paths[i]), _key(rng, paths[i], leaves[i])) for i in places]
+    if freeze:
+        values = [v.replace(base=lax.stop_gradient(v.base)) if isinstance(v, Factored) else v for v in values]
+    arguments_of = refill(treedef, leaves, places)
+    result: list[Any] = []
+
+    def plain(bases: list[Any]) -> list[Any]:
+        args, kwargs = arguments_of(bases)
+        outputs, outdef = jax.tree.flatten(fn(*args, **kwargs))
+        result[:] = [[_COMPUTED if isinstance(x, jax.Array) else x for x in outputs], outdef]
+        return [x for x in outputs if isinstance(x, jax.Array)]
+
+    bases = [v.base if isinstance(v, Factored) else v for v in values]
+    jaxpr = jax.make_jaxpr(plain)(bases)
+    outputs, outdef = result
+    arrays = interpreter.arrays(interpreter.run(jaxpr, values), None, "the function returns it")
+    computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
+    return outdef.unflatten([next(computed) if x is _COMPUTED else x for x in outputs])
+
+
+def _array(x: Any, aval: Any) -> Any:
+    """A constant of the trace as an array."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
+
+
+def _frozen(arguments: tuple[Any, Any], leaves: list[Any]) -> list[Any]:
+    """Stops the gradient of the plain leaves of each argument that holds a node."""
+    args, kwargs = arguments
+    frozen: list[Any] = []
+    for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
+        part = leaves[len(frozen) : len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_node))]
+        frozen += [_stop(leaf) for leaf in part] if any(map(is_node, part)) else part
+    return frozen
+
+
+def _stop(leaf: Any) -> Any:
+    is_float = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return lax.stop_gradient(leaf) if is_float else leaf
+
+
+def _inside(path: str) -> str:
+    """A node's path within its argument: ``0/1/params/...`` counts args or kwargs, and which."""
+    return path.split("/", 2)[-1]
+
+
+def _key(rng: jax.Array | None, path: str, node: Any) -> Any:
+    if rng is None or not getattr(node, "dropout", 0):
+        return None
+    return jax.random.fold_in(rng, zlib.crc32(_inside(path).encode()))
+
+
+@functools.cache
+def _interpreter(fallback: str) -> Interpreter:
+    return Interpreter(RULES, functools.partial(_densify, fallback))
+
+
+def _densify(fallback: str, interpreter: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:
+    if fallback != "ignore":
+        line = interpreter.source(eqn)
+        where = f" at {line}" if line else ""
+        message = (
+            f"{weight.name} of shape {tuple(weight.base.shape)} is computed densely, as W + s A B, for "
+            f"{eqn.primitive.name if eqn is not None else 'the output'}{where}: {reason}. Results are right, the cost "
+            'is that of a merged kernel; jlora.explain shows every use, fallback="ignore" is silent'
+        )
+        if fallback == "error":
+            raise DenseFallbackError(message)
+        warnings.warn(message, DenseFallbackWarning, stacklevel=2)
+    return weight.dense()

@@ -1,0 +1,103 @@
+"""What a leaf's name and shape tell of it, by Flax's conventions; `jlora.sites` knows better where it was asked.
+
+A kernel of two axes is (in, out), an embedding table (vocabulary, features). Of the kernels with more axes only those
+of Flax's attention (query, key, value, out) and of its convolutions are certain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.interpret.sites import LINEAR, Site
+from jlora.paths import matcher, module_of
+from jlora.spec import Axes, LoraSpec
+
+KERNELS, EMBEDDINGS = ("kernel", "w"), ("embedding", "embeddings")
+OUTPUT_LAYERS = ("lm_head", "embed_out")
+Sites = Mapping[str, Site]
+
+
+def is_bias(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a bias: by its name, and for Haiku's one letter by its shape too."""
+    name = path.rpartition("/")[2]
+    return name == "bias" or name.endswith("_bias") or (name == "b" and len(getattr(leaf, "shape", ())) == 1)
+
+
+def is_output_layer(path: str) -> bool:
+    """Whether a leaf belongs to a language model's output layer, which ``"all-linear"`` leaves out as PEFT does."""
+    return any(name in OUTPUT_LAYERS for name in path.split("/"))
+
+
+def is_kernel(path: str, leaf: Any, sites: Sites | None) -> bool:
+    """Whether a leaf is one that low-rank factors are for."""
+    if sites is not None and path in sites and sites[path].uses:
+        return sites[path].kind != "other"
+    is_scale = path.rpartition("/")[2] == "scale"  # of a norm
+    return len(getattr(leaf, "shape", ())) >= 2 and not is_bias(path, leaf) and not is_scale
+
+
+def is_linear(path: str, leaf: Any, sites: Sites | None) -> bool:
+    """Whether a leaf is the kernel of a linear layer, as ``"all-linear"`` means it."""
+    if sites is not None:
+        return path in sites and sites[path].kind in LINEAR
+    return path.rpartition("/")[2] in (*KERNELS, "weight") and not _is_conv(path, len(leaf.shape))
+
+
+def kernel_axes(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Sites | None) -> tuple[Axes, str]:
+    """A kernel's axes and kind: from the spec, else from the sites, else by convention.
+
+    Raises:
+      ValueError: if none of them tells.
+    """
+    leaf = leaves[path]
+    kind = "embedding" if path.rpartition("/")[2] in EMBEDDINGS else "dot"
+    for pattern, axes in spec.axes.items():
+        if matcher(pattern)(path):
+            return axes, kind
+    if sites is not None:
+        return _site_axes(path, leaf, sites)
+    axes = _by_convention(path, len(leaf.shape))
+    if axes is None or not _fits_bias(axes, leaf, leaves.get(f"{module_of(path)}/bias")):
+        raise ValueError(
+            f"wrap: the axes of {path} of shape {tuple(leaf.shape)} are ambiguous: name and shape do not tell which "
+            "are in, out or stacked. Trace the function, jlora.wrap(params, spec, sites=jlora.sites(fn, params, "
+            f"*args)), or say it: LoraSpec(axes={{{path!r}: jlora.Axes(in_axis=..., out_axis=..., batch_axis=...)}})"
+        )
+    return axes, kind
+
+
+def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
+    site = sites.get(path)
+    if site is None or site.axes is None:
+        why = "the function does not use it" if site is None or not site.uses else f"it is used as {site.describe()}"
+        raise ValueError(
+            f"wrap: sites do not tell the axes of {path} of shape {tuple(leaf.shape)}: {why}. Exclude it, or give its "
+            f"axes: LoraSpec(axes={{{path!r}: jlora.Axes(...)}})"
+        )
+    return site.axes, site.kind
+
+
+def _by_convention(path: str, ndim: int) -> Axes | None:
+    name, layer = path.rpartition("/")[2], module_of(path).rpartition("/")[2]
+    if name == "weight":  # PyTorch's and Equinox's linear layers are (out, in), their tables (vocabulary, features)
+        return None
+    if ndim == 2:
+        return Axes((0,), (1,))
+    if _is_conv(path, ndim) and name in KERNELS:
+        return Axes(tuple(range(ndim - 1)), (ndim - 1,))
+    if ndim == 3 and layer in ("query", "key", "value"):
+        return Axes((0,), (1, 2))
+    if ndim == 3 and layer == "out":
+        return Axes((0, 1), (2,))
+    return None
+
+
+def _fits_bias(axes: Axes, leaf: Any, bias: Any) -> bool:
+    """Whether the bias beside a kernel of many axes has its out axes; that of scanned layers has others."""
+    return bias is None or len(leaf.shape) < 3 or tuple(bias.shape) == tuple(leaf.shape[axis] for axis in axes.out_axis)
+
+
+def _is_conv(path: str, ndim: int) -> bool:
+    return ndim >= 3 and re.search("conv", module_of(path).rpartition("/")[2], re.IGNORECASE) is not None

@@ -1,0 +1,194 @@
+"""Rules of the primitives that consume a weight: products, lookups, convolutions.
+
+Each leaves the base's own equation as the function wrote it and adds the low-rank path: two small products. All of them
+end in `low_rank`, the one place that decides how the path is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.interpret import compat
+from jlora.interpret.factored import Factored, Labels, Tracked, cast, contract, product, scaled, swapped, whole
+from jlora.interpret.interpreter import DECLINED, Interpreter
+
+
+def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    """x . W with W on either side, any contracted and batch axes: x . W + s (x . a) . b."""
+    if isinstance(lhs, Tracked) and isinstance(rhs, Tracked):
+        lhs = interpreter.densify(lhs, eqn, "both operands of the product are adapted: this one is computed densely")
+    bases = [value.base if isinstance(value, Tracked) else value for value in (lhs, rhs)]
+    y = compat.bind(eqn, bases)
+    ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *(jnp.ndim(base) for base in bases))
+    precision, preferred = eqn.params["precision"], eqn.params["preferred_element_type"]
+    weight: Any = lhs if isinstance(lhs, Factored) else rhs
+    if weight is lhs:
+        z = low_rank(rhs, rs, weight, ls, out, swapped(precision), preferred)
+    else:
+        z = low_rank(lhs, ls, weight, rs, out, precision, preferred)
+    interpreter.factored(weight, eqn, "dot")
+    z = cast(z, y.dtype)
+    if y.shape != z.shape:
+        return y + z
+    if (sharding := jax.typeof(y).sharding).mesh.explicit_axes and jax.typeof(z).sharding != sharding:
+        z = jax.sharding.reshard(z, sharding)
+    return lax.add(y, z)
+
+
+def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labels, Labels]:
+    """Einsum labels of a dot_general's operands and of its result."""
+    (lhs_over, rhs_over), (lhs_batch, rhs_batch) = numbers
+    lhs: list[Any] = [("l", i) for i in range(lhs_ndim)]
+    rhs: list[Any] = [("r", i) for i in range(rhs_ndim)]
+    for i, j in zip((*lhs_over, *lhs_batch), (*rhs_over, *rhs_batch), strict=True):
+        rhs[j] = lhs[i]
+    out = [lhs[i] for i in lhs_batch]
+    out += [label for i, label in enumerate(lhs) if i not in (*lhs_over, *lhs_batch)]
+    out += [label for j, label in enumerate(rhs) if j not in (*rhs_over, *rhs_batch)]
+    return tuple(lhs), tuple(rhs), tuple(out)
+
+
+def low_rank(x: Any, xs: Labels, weight: Factored, ws: Labels, out: Labels, precision: Any, preferred: Any) -> Any:
+    """s (x . a) . b, or s (x . b) . a where b has the contracted axes: broadcastable to the result's shape.
+
+    Computed in the dtype of the activations; the scale is put on the small middle tensor.
+    """
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else weight.base.dtype
+    over = {label for label in ws if label not in out}
+    first, second = sorted(weight.factors, key=lambda f: -_extent(weight, f, ws, over))
+    ones, twos = (tuple(ws[axis] for axis in weight.owned(f)) for f in (first, second))
+    x = dropped(cast(x, dtype), weight)
+    middle = tuple(label for label in (*xs, *ones) if label in twos or label in out)
+    middle = (*dict.fromkeys(middle), "rank")
+    h = contract(x, xs, cast(whole(weight, first), dtype), (*ones, "rank"), middle, precision=precision,
+                 preferred=preferred)  # fmt: skip
+    h = cast(scaled(h, weight.scale), dtype)
+    made = tuple(label for label in out if label in middle or label in twos)
+    z = contract(h, middle, cast(whole(weight, second), dtype), (*twos, "rank"), made, precision=precision,
+                 preferred=preferred)  # fmt: skip
+    return z if made == out else lax.expand_dims(z, [axis for axis, label in enumerate(out) if label not in made])
+
+
+def _extent(weight: Factored, factor: Any, ws: Labels, over: set[Any]) -> int:
+    return math.prod(weight.base.shape[axis] for axis in weight.owned(factor) if ws[axis] in over)
+
+
+def dropped(x: Any, weight: Factored) -> Any:
+    """x with dropout, where it is on: each element is kept with probability 1 - rate and scaled up."""
+    if weight.key is None or not weight.dropout:
+        return x
+    key = weight.key
+    for name in sorted(jax.typeof(x).manual_axis_type.varying):  # each shard draws for its own part of x
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
+    return jnp.where(keep, x / (1 - weight.dropout), jnp.zeros_like(x))
+
+
+def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
+    """Rows looked up: W[i] + s a[i] . b. An index into a batch or an out axis picks among whole weights."""
+    if not isinstance(weight, Factored) or isinstance(indices, Tracked):
+        return DECLINED
+    numbers = eqn.params["dimension_numbers"]
+    looked_up, stacked = set(numbers.start_index_map), set(numbers.operand_batching_dims)
+    owned = [set(weight.owned(factor)) for factor in weight.factors]
+    touched = [looked_up <= mine and stacked <= mine for mine in owned]
+    if any(looked_up & mine and not touch for mine, touch in zip(owned, touched, strict=True)) or not any(touched):
+        return DECLINED
+    rows = compat.bind(eqn, [weight.base, indices])
+    take = lambda factor, touch: (_taken if touch else _spread)(eqn.params, weight, factor, indices, rows.ndim)
+    picked = weight.replace(base=rows, factors=tuple(map(take, weight.factors, touched)))
+    if not touched[0] or all(touched):
+        return picked
+    interpreter.factored(weight, eqn, "embedding")
+    a, b = (factor.astype(rows.dtype) for factor in picked.factors)
+    return rows + product(picked, a * weight.scale, b).astype(rows.dtype)
+
+
+def _taken(params: dict[str, Any], weight: Factored, factor: Any, indices: Any, ndim: int) -> Any:
+    """The rows of a factor that has the axes that are looked up."""
+    numbers = params["dimension_numbers"]
+    owned = weight.owned(factor)
+    sizes = [n if axis in owned else 1 for axis, n in enumerate(params["slice_sizes"])]
+    rank_last = numbers._replace(offset_dims=(*numbers.offset_dims, ndim))
+    return lax.gather(
+        factor, indices, rank_last, (*sizes, factor.shape[-1]), mode=params["mode"], fill_value=0,
+        unique_indices=params["unique_indices"], indices_are_sorted=params["indices_are_sorted"],
+    )  # fmt: skip
+
+
+def _spread(params: dict[str, Any], weight: Factored, factor: Any, _: Any, ndim: int) -> Any:
+    """A factor that the lookup does not touch, its axes where the result has them."""
+    numbers = params["dimension_numbers"]
+    offsets, stacked = numbers.offset_dims, numbers.operand_batching_dims
+    kept = [axis for axis in range(weight.ndim) if axis not in (*numbers.collapsed_slice_dims, *stacked)]
+    places = [place for place in range(ndim) if place not in offsets]  # those of the axes of the indices
+    where = dict(zip(kept, offsets, strict=True))
+    where |= {axis: places[i] for axis, i in zip(stacked, numbers.start_indices_batching_dims, strict=True)}
+    order = sorted(where, key=where.__getitem__)
+    gone = [axis for axis in range(weight.ndim) if axis not in where]
+    ordered = lax.transpose(factor, (*order, *gone, weight.ndim))
+    sizes = dict.fromkeys(range(ndim), 1) | {where[axis]: factor.shape[axis] for axis in order}
+    return ordered.reshape(*sizes.values(), factor.shape[-1])
+
+
+def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
+    """A convolution with a, then a 1x1 product with b: the rank takes the place of the output features."""
+    if isinstance(x, Tracked) or not isinstance(weight, Factored):
+        return DECLINED
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    a, b = weight.factors
+    features = numbers.rhs_spec[0]
+    others = {axis for axis, n in enumerate(weight.base.shape) if n != 1} - {features}
+    is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
+    if not is_plain or set(weight.owned(a)) != others or set(weight.owned(b)) - {features}:
+        return DECLINED
+    y = compat.bind(eqn, [x, weight.base])
+    interpreter.factored(weight, eqn, "conv")
+    h = compat.bind(eqn, [dropped(x, weight), _rank_at(a, features).astype(x.dtype)])
+    h = cast(scaled(h, weight.scale), x.dtype)
+    axis = numbers.out_spec[1]
+    b = b.reshape(-1, b.shape[-1]).astype(x.dtype)
+    labels = tuple(range(h.ndim))
+    out = tuple("out" if label == axis else label for label in labels)
+    z = contract(h, labels, b, ("out", axis), out, precision=params["precision"],
+                 preferred=params["preferred_element_type"])  # fmt: skip
+    return y + z.astype(y.dtype)
+
+
+def _rank_at(factor: Any, axis: int) -> Any:
+    """The rank axis, put where `axis` (of size 1) was."""
+    return jnp.moveaxis(lax.squeeze(factor, [axis]), -1, axis)
+
+
+def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_sizes: Any) -> Any:
+    """Experts of different numbers of rows: a ragged product with a, then one with b."""
+    if isinstance(x, Tracked) or not isinstance(weight, Factored):
+        return DECLINED
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_over, over), (batch, _) = numbers.dot_dimension_numbers
+    groups = numbers.rhs_group_dimensions
+    out = [axis for axis in range(weight.ndim) if axis not in (*over, *groups)]
+    a, b = weight.factors
+    owned_by_both = set(weight.owned(a)) & set(weight.owned(b))
+    is_plain = not batch and len(groups) == len(over) == 1 and tuple(x_over) == (1,)
+    if not is_plain or owned_by_both != set(groups) or out[0] in weight.owned(a):
+        return DECLINED
+    y = compat.bind(eqn, [x, weight.base, group_sizes])
+    interpreter.factored(weight, eqn, "ragged_dot")
+    a, b = _rank_at(a, out[0]), _rank_at(b, over[0])
+    h = compat.bind(eqn, [dropped(x, weight), a.astype(x.dtype), group_sizes])
+    h = cast(scaled(h, weight.scale), x.dtype)
+    return y + compat.bind(eqn, [h, b.astype(x.dtype), group_sizes]).astype(y.dtype)
+
+
+CONTRACTIONS = {
+    "dot_general": dot_general,
+    "gather": gather,
+    "conv_general_dilated": conv,
+    "ragged_dot_general": ragged_dot,
+}

@@ -1,0 +1,283 @@
+"""`sites`: the same walk with axis bookkeeping only. Answers how a function uses each leaf of its parameters.
+
+A probe follows a leaf through views as a factored weight does. It has one factor for each axis of the leaf, which owns
+that axis alone; so wherever the leaf is used, the factors tell which of its axes the use contracts, produces or stacks.
+An axis that no factor owns any more was taken away by a scan, a slice or an index: a batch axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jlora.interpret import compat
+from jlora.interpret.contract import dot_labels
+from jlora.interpret.control import CONTROL
+from jlora.interpret.factored import Tracked
+from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.views import VIEWS
+from jlora.paths import flatten, refill, split_arrays
+from jlora.spec import Axes
+
+LINEAR = ("dot", "ragged_dot")
+Owner = tuple[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a leaf: its kind, the leaf's axes in it (None where they are no such split), and where it stands."""
+
+    kind: str
+    axes: Axes | None
+    primitive: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """How a function uses one leaf.
+
+    Args:
+      kind: ``"dot"``, ``"embedding"``, ``"conv"``, ``"ragged_dot"`` or ``"other"``. A table that is both looked up and
+        multiplied (tied) is an embedding.
+      axes: the leaf's axes; None where its uses tell none or contradict each other.
+      uses: every use, in the order of the program; none for a leaf that is not used.
+    """
+
+    kind: str
+    axes: Axes | None
+    uses: tuple[Use, ...]
+
+    def describe(self) -> str:
+        return "; ".join(f"{use.kind} ({use.primitive}) {use.axes or ''} {use.source}".strip() for use in self.uses)
+
+
+class Sites(Mapping[str, Site]):
+    """What `sites` found, by path; prints as a table."""
+
+    def __init__(self, found: dict[str, Site], shapes: dict[str, tuple[int, ...]]) -> None:
+        self._found = found
+        self._shapes = shapes
+
+    def __getitem__(self, path: str) -> Site:
+        return self._found[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __repr__(self) -> str:
+        groups = lambda axes: "" if axes is None else f"{axes.in_axis} {axes.out_axis} {axes.batch_axis or ''}"
+        rows = [("path", "shape", "kind", "uses", "in, out, batch axes")]
+        rows += [(p, str(self._shapes[p]), s.kind, str(len(s.uses)), groups(s.axes)) for p, s in self.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe(Tracked):
+    """Leaves under observation: factor i owns one axis of one leaf, `owners[i]`.
+
+    Args:
+      owners: for each factor, the path of its leaf and the number of its axis.
+      looked_up: the axes that a lookup took away, as (path, axis): those of a table, unless a product shows otherwise.
+    """
+
+    lenient: ClassVar[bool] = True
+    key: ClassVar[None] = None
+    owners: tuple[Owner, ...] = dataclasses.field(default=(), metadata={"static": True})
+    looked_up: frozenset[Owner] = dataclasses.field(default=frozenset(), metadata={"static": True})
+
+    @property
+    def paths(self) -> list[str]:
+        return list(dict.fromkeys(path for path, _ in self.owners))
+
+    def axes_on(self, axes: Iterable[int]) -> set[Owner]:
+        """The axes of leaves that stand on any of the given axes."""
+        wanted = set(axes)
+        pairs = zip(self.owners, self.factors, strict=True)
+        return {owner for owner, factor in pairs if wanted & set(self.owned(factor))}
+
+
+def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+    """Finds how a function uses each leaf of its parameters, by tracing it once, abstractly.
+
+    Args:
+      fn: a function of a parameter tree and more arguments, such as ``model.apply``.
+      params: the tree, of arrays or of `jax.ShapeDtypeStruct`s.
+      *args, **kwargs: the other arguments; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      For each leaf's path its `Site`: kind, axes and uses. It prints as a table, and `jlora.wrap` takes it.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"query": jnp.ones((8, 2, 4)), "scale": jnp.ones(8)}
+      >>> fn = lambda p, x: jnp.einsum("td,dhk->thk", x * p["scale"], p["query"])
+      >>> jlora.sites(fn, params, jnp.ones((5, 8)))
+      path   shape      kind   uses  in, out, batch axes
+      query  (8, 2, 4)  dot    1     (0,) (1, 2)
+      scale  (8,)       other  1
+    """
+    paths, leaves, treedef = flatten(params)
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    shapes = {paths[i]: tuple(leaves[i].shape) for i in places}
+    observer = _Observer(shapes)
+    tree_of = refill(treedef, leaves, places)
+    arrays, rebuild = split_arrays((args, kwargs))
+
+    def walk(bases: list[Any], arrays: list[Any]) -> None:
+        def plain(bases: list[Any]) -> list[Any]:
+            inner_args, inner_kwargs = rebuild(arrays)
+            outputs = fn(tree_of(bases), *inner_args, **inner_kwargs)
+            return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
+
+        probes = [_probe(path, base) for path, base in zip(shapes, bases, strict=True)]
+        interpreter = Interpreter(observer.rules, observer.other, inline=True)
+        interpreter.arrays(interpreter.run(jax.make_jaxpr(plain)(bases), probes), None, "the function returns it")
+
+    jax.eval_shape(walk, [leaves[i] for i in places], arrays)
+    return Sites({path: _site(tuple(uses.values())) for path, uses in observer.uses.items()}, shapes)
+
+
+def _probe(path: str, base: Any) -> Probe:
+    shape = base.shape
+    factors = [jnp.zeros([n if i == axis else 1 for i, n in enumerate(shape)] + [1]) for axis in range(len(shape))]
+    return Probe(base, tuple(factors), owners=tuple((path, axis) for axis in range(len(shape))))
+
+
+class _Observer:
+    """The rules of views and control flow as they are; those of products record what they see."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.uses: dict[str, dict[Any, Use]] = {path: {} for path in shapes}
+        self.rules = {
+            **VIEWS,
+            **CONTROL,
+            "dot_general": self.dot_general,
+            "ragged_dot_general": self.ragged_dot,
+            "conv_general_dilated": self.conv,
+            "gather": self.gather,
+            "concatenate": self.concatenate,
+            "stack": self.concatenate,
+        }
+
+    def dot_general(self, walk: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
+        bases = [v.base if isinstance(v, Probe) else v for v in (lhs, rhs)]
+        ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *map(jnp.ndim, bases))
+        for probe, mine, theirs in ((lhs, ls, rs), (rhs, rs, ls)):
+            if isinstance(probe, Probe):
+                over = [i for i, label in enumerate(mine) if label not in out]
+                batch = [i for i, label in enumerate(mine) if label in out and label in theirs]
+                self.product(walk, probe, eqn, "dot", over, batch)
+        return compat.bind(eqn, bases)
+
+    def ragged_dot(self, walk: Interpreter, eqn: Any, x: Any, weight: Any, *rest: Any) -> Any:
+        if isinstance(x, Probe) or not isinstance(weight, Probe):
+            return DECLINED
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, over), (_, batch) = numbers.dot_dimension_numbers
+        self.product(walk, weight, eqn, "ragged_dot", over, (*batch, *numbers.rhs_group_dimensions))
+        return compat.bind(eqn, [x, weight.base, *rest])
+
+    def conv(self, walk: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
+        if isinstance(x, Probe) or not isinstance(weight, Probe):
+            return DECLINED
+        features = eqn.params["dimension_numbers"].rhs_spec[0]
+        self.product(walk, weight, eqn, "conv", [i for i in range(weight.ndim) if i != features], ())
+        return compat.bind(eqn, [x, weight.base])
+
+    def gather(self, walk: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
+        """A lookup that leaves a matrix may be the choice of an expert: it stays under observation."""
+        if not isinstance(weight, Probe):
+            return DECLINED
+        numbers = eqn.params["dimension_numbers"]
+        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        rows = compat.bind(eqn, [weight.base, indices])
+        kept = [axis for axis in range(weight.ndim) if axis not in gone]
+        places = dict(zip(kept, numbers.offset_dims, strict=True))
+
+        def change(factor: Any) -> Any:
+            whole = {places[axis] for axis in weight.owned(factor) if axis in places}
+            return jnp.zeros([n if place in whole else 1 for place, n in enumerate(rows.shape)] + [1])
+
+        looked_up = weight.looked_up | weight.axes_on(numbers.start_index_map)
+        picked = weight.view(rows, change).replace(looked_up=frozenset(looked_up))
+        is_matrix = len(picked.axes_on(range(rows.ndim))) >= 2
+        return picked if is_matrix else self.other(walk, picked, eqn)
+
+    def concatenate(self, _: Interpreter, eqn: Any, *pieces: Any) -> Probe:
+        """Leaves side by side are observed together."""
+        base = compat.bind(eqn, [v.base if isinstance(v, Probe) else v for v in pieces])
+        probes = [piece for piece in pieces if isinstance(piece, Probe)]
+
+        def change(probe: Probe, factor: Any) -> Any:
+            if "dimension" not in eqn.params:
+                return jnp.expand_dims(factor, eqn.params["axis"])
+            axis = eqn.params["dimension"]
+            n = base.shape[axis] if axis in probe.owned(factor) else 1
+            return jnp.zeros([n if i == axis else size for i, size in enumerate(factor.shape)])
+
+        factors = tuple(change(probe, factor) for probe in probes for factor in probe.factors)
+        owners = tuple(owner for probe in probes for owner in probe.owners)
+        return Probe(base, factors, owners=owners, looked_up=frozenset().union(*(p.looked_up for p in probes)))
+
+    def product(
+        self, walk: Interpreter, probe: Probe, eqn: Any, kind: str, over: Iterable[int], batch: Iterable[int]
+    ) -> None:
+        """Records a product that contracts the axes `over`; an axis that is nowhere any more is a batch axis."""
+        over, batch = {*over}, {*batch}
+        free = {*range(probe.ndim)} - over - batch
+        for path in probe.paths:
+            ins, outs, stays = (_of(path, probe.axes_on(axes)) for axes in (over, free, batch))
+            units = {axis for axis, n in enumerate(self.shapes[path]) if n == 1}
+            gone = {*range(len(self.shapes[path]))} - ins - outs - stays - units
+            self.add(walk, path, eqn, kind, _split(ins, outs | units, stays | gone))
+
+    def other(self, walk: Interpreter, probe: Probe, eqn: Any, _: str = "") -> Any:
+        """Records a use that is no product: a lookup if one took axes away, else anything."""
+        for path in probe.paths:
+            ins, outs = _of(path, probe.looked_up), _of(path, probe.axes_on(range(probe.ndim)))
+            gone = {*range(len(self.shapes[path]))} - ins - outs
+            axes = _split(ins, outs, gone) if ins else None
+            self.add(walk, path, eqn, "embedding" if axes else "other", axes)
+        return probe.base
+
+    def add(self, walk: Interpreter, path: str, eqn: Any, kind: str, axes: Axes | None) -> None:
+        use = Use(kind, axes, eqn.primitive.name if eqn is not None else "output", walk.source(eqn))
+        self.uses[path].setdefault(walk.place(eqn), use)  # a loop's body may be traced twice
+
+
+def _of(path: str, owners: Iterable[Owner]) -> set[int]:
+    return {axis for name, axis in owners if name == path}
+
+
+def _split(ins: set[int], outs: set[int], batch: set[int]) -> Axes | None:
+    """The axes, if each stands in one group."""
+    if ins & outs or ins & batch or outs & batch:
+        return None
+    return Axes(tuple(sorted(ins)), tuple(sorted(outs)), tuple(sorted(batch)))
+
+
+def _site(uses: tuple[Use, ...]) -> Site:
+    lookups = [use for use in uses if use.kind == "embedding" and use.axes]
+    products = [use for use in uses if use.kind not in ("other", "embedding")]
+    telling = lookups or [use for use in products if use.axes and use.axes.in_axis and use.axes.out_axis]
+    if not telling:
+        return Site("other", None, uses)
+    axes = telling[0].axes
+    agree = all(use.axes is not None and _groups(use.axes) == _groups(axes) for use in telling)
+    return Site(telling[0].kind, axes if agree else None, uses)
+
+
+def _groups(axes: Axes | None) -> Any:
+    """The split of the axes whichever way round it is used."""
+    return None if axes is None else ({axes.in_axis, axes.out_axis}, axes.batch_axis)

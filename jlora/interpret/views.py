@@ -1,0 +1,269 @@
+"""Rules of the primitives that look at a weight another way: the factors are looked at the same way.
+
+Each rule binds the equation on the base as it was written and changes the factors, whose axes are the base's (or of
+size 1) with the rank behind them. A rule that can't keep the form declines, and the weight is computed densely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from jlora.interpret import compat
+from jlora.interpret.factored import Factored, Tracked
+from jlora.interpret.interpreter import DECLINED, Interpreter
+
+
+def same(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    """Copies, names, sharding constraints: the base alone is told."""
+    return weight.replace(base=compat.bind(eqn, [weight.base]))
+
+
+def cast(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
+    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+        return DECLINED
+    return weight.replace(base=compat.bind(eqn, [weight.base]))
+
+
+def stop_gradient(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    return weight.view(compat.bind(eqn, [weight.base]), lax.stop_gradient)
+
+
+def barrier(_: Interpreter, eqn: Any, *values: Any) -> list[Any]:
+    bases = compat.bind(eqn, [v.base if isinstance(v, Tracked) else v for v in values])
+    return [v.replace(base=b) if isinstance(v, Tracked) else b for v, b in zip(values, bases, strict=True)]
+
+
+def transpose(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    order = (*eqn.params["permutation"], weight.ndim)
+    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.transpose(f, order))
+
+
+def squeeze(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.squeeze(f, eqn.params["dimensions"]))
+
+
+def rev(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.rev(f, eqn.params["dimensions"]))
+
+
+def broadcast(_: Interpreter, eqn: Any, weight: Tracked, *more: Any) -> Any:
+    """New axes, and axes of size 1 that are repeated, stay of size 1 in the factors."""
+    if more:
+        return DECLINED
+    shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+
+    def change(factor: Any) -> Any:
+        sizes = [1] * len(shape)
+        for axis, place in enumerate(places):
+            sizes[place] = factor.shape[axis]
+        return factor.reshape(*sizes, factor.shape[-1])
+
+    return weight.view(compat.bind(eqn, [weight.base]), change)
+
+
+def reshape(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
+    """Axes may be merged or split where a factor has all of them or none."""
+    if eqn.params.get("dimensions") is not None or 0 in weight.base.shape:
+        return DECLINED
+    groups = _regroup(weight.base.shape, eqn.params["new_sizes"])
+    factors = [_reshaped(weight, factor, groups, eqn.params["new_sizes"]) for factor in weight.factors]
+    if any(factor is None for factor in factors):
+        return DECLINED
+    return weight.replace(base=compat.bind(eqn, [weight.base]), factors=tuple(factors))
+
+
+def _reshaped(weight: Tracked, factor: Any, groups: Sequence[Any], new: Sequence[int]) -> Any:
+    old, sizes = weight.base.shape, []
+    for olds, news in groups:
+        wide = [n for n in olds if old[n] != 1]
+        owned = [n for n in wide if n in weight.owned(factor)]
+        if owned and len(owned) < len(wide):
+            repeated = [n for n in wide if not any(n in weight.owned(other) for other in weight.factors)]
+            if len(owned) + len(repeated) < len(wide) and not weight.lenient:
+                return None
+            whole = [old[n] if n in wide else size for n, size in enumerate(factor.shape)]
+            factor = jnp.broadcast_to(factor, whole)
+        sizes += [new[n] if owned else 1 for n in news]
+    return factor.reshape(*sizes, factor.shape[-1])
+
+
+def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cuts both shapes into the shortest runs of axes that hold the same elements."""
+    groups, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        olds, news = [], []
+        while not (olds or news) or math.prod(old[n] for n in olds) != math.prod(new[n] for n in news):
+            if j >= len(new) or (i < len(old) and math.prod(old[n] for n in olds) <= math.prod(new[n] for n in news)):
+                olds.append(i)
+                i += 1
+            else:
+                news.append(j)
+                j += 1
+        groups.append((olds, news))
+    return groups
+
+
+def slice_(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * weight.ndim
+
+    def change(factor: Any) -> Any:
+        owned = weight.owned(factor)
+        pick = lambda values, other: [v if i in owned else other for i, v in enumerate(values)]
+        rank = factor.shape[-1]
+        return lax.slice(factor, [*pick(starts, 0), 0], [*pick(limits, 1), rank], [*pick(strides, 1), 1])
+
+    return weight.view(compat.bind(eqn, [weight.base]), change)
+
+
+def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
+    if not isinstance(weight, Tracked):
+        return DECLINED
+
+    def change(factor: Any) -> Any:
+        owned = weight.owned(factor)
+        zero = jnp.zeros((), starts[0].dtype if hasattr(starts[0], "dtype") else jnp.int32)
+        begin = [jnp.asarray(s, zero.dtype) if i in owned else zero for i, s in enumerate(starts)]
+        sizes = [n if i in owned else 1 for i, n in enumerate(eqn.params["slice_sizes"])]
+        return lax.dynamic_slice(factor, [*begin, zero], [*sizes, factor.shape[-1]])
+
+    return weight.view(compat.bind(eqn, [weight.base, *starts]), change)
+
+
+def unstack(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
+    axis = eqn.params["axis"]
+
+    def pick(factor: Any, i: int) -> Any:
+        return lax.index_in_dim(factor, i if axis in weight.owned(factor) else 0, axis, keepdims=False)
+
+    bases = compat.bind(eqn, [weight.base])
+    return [weight.replace(base=b, factors=tuple(pick(f, i) for f in weight.factors)) for i, b in enumerate(bases)]
+
+
+def tile(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    """A factor that owns an axis is repeated along it; one that does not stays of size 1."""
+
+    def change(factor: Any) -> Any:
+        owned = weight.owned(factor)
+        return jnp.tile(factor, [*(n if i in owned else 1 for i, n in enumerate(eqn.params["reps"])), 1])
+
+    return weight.view(compat.bind(eqn, [weight.base]), change)
+
+
+def split(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    bases = compat.bind(eqn, [weight.base])
+    pieces = [lax.split(f, sizes, axis) if axis in weight.owned(f) else [f] * len(sizes) for f in weight.factors]
+    return [weight.replace(base=b, factors=fs) for b, *fs in map(_tupled, bases, *pieces)]
+
+
+def _tupled(base: Any, *factors: Any) -> tuple[Any, ...]:
+    return base, *factors
+
+
+def scale(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
+    """A weight times, or over, a scalar."""
+    weight, scalar = (x, y) if isinstance(x, Tracked) else (y, x)
+    divides_by_weight = eqn.primitive.name == "div" and weight is y
+    if isinstance(scalar, Tracked) or jnp.ndim(scalar) or divides_by_weight:
+        return DECLINED
+    base = compat.bind(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
+    first, *rest = weight.factors
+    changed = first / scalar if eqn.primitive.name == "div" else first * scalar
+    return weight.replace(base=base, factors=(changed.astype(first.dtype), *rest))
+
+
+def negate(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    first, *rest = weight.factors
+    return weight.replace(base=compat.bind(eqn, [weight.base]), factors=(-first, *rest))
+
+
+def concatenate(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
+    """Weights side by side: stacked along a new or a batch axis, or fused as blocks over the ranks."""
+    axis = eqn.params["dimension"]
+    return _joined(eqn, [p.base if isinstance(p, Tracked) else p for p in pieces], pieces, axis)
+
+
+def stack(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
+    """Weights along a new axis, a primitive of its own since JAX 0.11."""
+    axis = eqn.params["axis"]
+    bases = [p.base if isinstance(p, Tracked) else p for p in pieces]
+    if not all(isinstance(piece, Tracked) for piece in pieces):
+        return DECLINED
+    widened = [p.view(jnp.expand_dims(p.base, axis), lambda f: jnp.expand_dims(f, axis)) for p in pieces]
+    return _joined(eqn, bases, widened, axis)
+
+
+def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) -> Any:
+    if not all(isinstance(piece, Factored) for piece in pieces) or len({p.dropout for p in pieces}) > 1:
+        return DECLINED
+    owners = {_owners(piece, axis) for piece in pieces}
+    blocks = len(owners) == 1 and len(min(owners)) == 1
+    if not blocks and not all(p.base.shape[axis] == 1 or len(_owners(p, axis)) == len(p.factors) for p in pieces):
+        return DECLINED
+    scaled = [(piece.factors[0] * piece.scale, *piece.factors[1:]) for piece in pieces]
+    groups = list(zip(*scaled, strict=True))
+    if not all(_fit(group, {axis, group[0].ndim - 1} if blocks else {axis}) for group in groups):
+        return DECLINED
+    (owner,) = min(owners) if blocks else (None,)
+    along = [-1 if blocks and i != owner else axis for i in range(len(groups))]
+    padded = [_blocks(group) if i == owner else group for i, group in enumerate(groups)]
+    return pieces[0].replace(
+        base=compat.bind(eqn, bases),
+        factors=tuple(jnp.concatenate(group, n) for group, n in zip(padded, along, strict=True)),
+        name="+".join(dict.fromkeys(piece.name for piece in pieces)),
+        scale=1.0,
+    )
+
+
+def _owners(piece: Tracked, axis: int) -> tuple[int, ...]:
+    return tuple(i for i, factor in enumerate(piece.factors) if axis in piece.owned(factor))
+
+
+def _fit(factors: Sequence[Any], free: set[int]) -> bool:
+    """Whether the shapes agree but on the `free` axes."""
+    return len({tuple(n for i, n in enumerate(factor.shape) if i not in free) for factor in factors}) == 1
+
+
+def _blocks(factors: Sequence[Any]) -> list[Any]:
+    """Each factor in its own columns of the rank, zeros elsewhere."""
+    ranks = [factor.shape[-1] for factor in factors]
+    places = [(sum(ranks[:i]), sum(ranks[i + 1 :])) for i in range(len(ranks))]
+    pad = lambda factor, place: jnp.pad(factor, [(0, 0)] * (factor.ndim - 1) + [place])
+    return [pad(factor, place) for factor, place in zip(factors, places, strict=True)]
+
+
+VIEWS = {
+    "convert_element_type": cast,
+    "reduce_precision": same,
+    "copy": same,
+    "copy_p": same,
+    "name": same,
+    "sharding_constraint": same,
+    "pvary": same,
+    "pcast": same,
+    "reshard": same,
+    "mesh_cast": same,
+    "stop_gradient": stop_gradient,
+    "optimization_barrier": barrier,
+    "transpose": transpose,
+    "squeeze": squeeze,
+    "rev": rev,
+    "broadcast_in_dim": broadcast,
+    "reshape": reshape,
+    "slice": slice_,
+    "dynamic_slice": dynamic_slice,
+    "split": split,
+    "tile": tile,
+    "unstack": unstack,
+    "mul": scale,
+    "div": scale,
+    "neg": negate,
+    "concatenate": concatenate,
+    "stack": stack,
+}

@@ -1,0 +1,172 @@
+"""Names of leaves, and the patterns that select them.
+
+A leaf's path is its keys joined by ``/``: ``encoder/layer_0/query/kernel``. The ``value`` that NNX variables and
+linen's metadata boxes put behind every leaf is not part of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import fnmatch
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import regex
+
+_FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE, "a": re.ASCII}
+MATCH_SECONDS = 1.0
+MAX_PATTERN = 2000
+_REGEX_ONLY = re.compile(r"[()|^$\\+]|\.\*|\[\^")
+
+Pattern = str | re.Pattern[str]
+Matcher = Callable[[str], str | None]
+IsLeaf = Callable[[Any], bool]
+
+
+def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[str], list[Any], Any]:
+    """Returns the paths, the leaves and the structure of `tree`."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    siblings = collections.Counter(
+        keys[:-1] for keys in {keys[:n] for keys, _ in pairs for n in range(1, len(keys) + 1)}
+    )
+    named = [path_of(keys, is_box=siblings[keys[:-1]] == 1) for keys, _ in pairs]
+    return named, [leaf for _, leaf in pairs], treedef
+
+
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree (concrete or abstract), and a function that puts others in their places.
+
+    NumPy's integers stay where they are, since functions use them as static values.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    return [leaves[i] for i in places], refill(treedef, leaves, places)
+
+
+def refill(treedef: Any, leaves: list[Any], places: list[int]) -> Callable[[list[Any]], Any]:
+    """A function that rebuilds a tree with other values in some places of its leaves."""
+
+    def rebuild(values: list[Any]) -> Any:
+        filled = dict(zip(places, values, strict=True))
+        return treedef.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return rebuild
+
+
+def _is_array(leaf: Any) -> bool:
+    is_numpy = isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.inexact)
+    return is_numpy or isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def path_of(keys: tuple[Any, ...], is_box: bool = True) -> str:
+    """Joins JAX's key path into ``a/b/kernel``; `is_box` says that what has a last ``.value`` has nothing else."""
+    if is_box and len(keys) > 1 and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def module_of(path: str) -> str:
+    """The path of the module that holds a leaf: all but the last name."""
+    return path.rpartition("/")[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def matcher(pattern: Pattern) -> Matcher:
+    """Compiles a pattern to a function of a path that says what it matched: ``"leaf"``, ``"module"`` or None.
+
+    A glob matches the end of a path, name by name: ``*`` and ``?`` within a name, ``**`` over any number of names.
+    ``query`` and ``attention/query`` so match every leaf within each module of that name, ``query/kernel`` a leaf.
+    A pattern that begins with ``re:``, is compiled by ``re.compile``, or has a character that only a regular
+    expression uses (``( ) | ^ $ + \\`` or ``.*``), is one, and must match the whole path of a leaf or of a module.
+
+    Raises:
+      ValueError: if the pattern is empty, too long, or no valid regular expression.
+    """
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    if not text or len(text) > MAX_PATTERN:
+        raise ValueError(f"a pattern has between 1 and {MAX_PATTERN} characters, found {len(text)}: {text[:60]!r}")
+    return _regex(pattern) if is_regex(pattern) else _glob(text)
+
+
+def text_of(pattern: Pattern) -> str:
+    """A pattern as a string that means the same: flags of a compiled one are written into it."""
+    if isinstance(pattern, str):
+        return pattern
+    flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+    return f"re:(?{flags}){pattern.pattern}" if flags else f"re:{pattern.pattern}"
+
+
+def is_regex(pattern: Pattern) -> bool:
+    """Whether a pattern is read as a regular expression (else it is a glob)."""
+    return isinstance(pattern, re.Pattern) or pattern.startswith("re:") or bool(_REGEX_ONLY.search(pattern))
+
+
+def _regex(pattern: Pattern) -> Matcher:
+    text = text_of(pattern).removeprefix("re:")
+    try:
+        compiled = regex.compile(text)
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{text!r} is no valid regular expression: {error}") from None
+
+    def full(path: str) -> bool:
+        try:
+            return compiled.fullmatch(path, timeout=MATCH_SECONDS) is not None
+        except (TimeoutError, MemoryError):
+            raise ValueError(
+                f"the regular expression {text!r} took over {MATCH_SECONDS:g} s on the path {path!r}: "
+                "nested repetitions make it exponential; simplify it or write a glob"
+            ) from None
+
+    def match(path: str) -> str | None:
+        if full(path):
+            return "leaf"
+        modules = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        return "module" if any(map(full, modules)) else None
+
+    return match
+
+
+def _glob(text: str) -> Matcher:
+    names = ["**", *text.strip("/").split("/")]
+    wanted = [name for i, name in enumerate(names) if not (name == "**" == names[i - 1] and i)]
+
+    def match(path: str) -> str | None:
+        found = None
+        reached = {0}  # how many names of the pattern are matched so far: as an automaton, linear in both lengths
+        for depth, name in enumerate(names := path.split("/"), 1):
+            places = [i for i in _skip(reached, wanted) if i < len(wanted)]
+            stay = {i for i in places if wanted[i] == "**"}
+            reached = stay | {i + 1 for i in places if fnmatch.fnmatchcase(name, wanted[i])}
+            if len(wanted) in _skip(reached, wanted):
+                found = "leaf" if depth == len(names) else "module"
+        return found
+
+    return match
+
+
+def _skip(reached: set[int], wanted: list[str]) -> set[int]:
+    skipped = set(reached)
+    for i in sorted(reached):
+        while i < len(wanted) and wanted[i] == "**":
+            i += 1
+            skipped.add(i)
+    return skipped
+
+
+def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
+    """The paths (of leaves and of modules) whose ends look most like `pattern`."""
+    text = (pattern.pattern if isinstance(pattern, re.Pattern) else pattern).removeprefix("re:")
+    depth = text.count("/") + 1
+    candidates = {name: None for path in paths for name in (path, module_of(path)) if name}
+    tails: dict[str, str] = {}
+    for name in candidates:
+        tails.setdefault("/".join(name.split("/")[-depth:]), name)
+    close = difflib.get_close_matches(text.lower(), [t.lower() for t in tails], n=count, cutoff=0.3)
+    lowered = {tail.lower(): name for tail, name in tails.items()}
+    return [lowered[tail] for tail in close] or list(candidates)[:count]

@@ -1,0 +1,165 @@
+"""From a spec's patterns to the leaves they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.conventions import is_bias, is_kernel, is_linear, is_output_layer
+from jlora.interpret.sites import Site
+from jlora.paths import Pattern, flatten, matcher, module_of, nearest
+from jlora.spec import LoraSpec
+
+Sites = Mapping[str, Site]
+
+
+def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites | None) -> tuple[set[str], set[str]]:
+    """The paths of the kernels to adapt, and those of the leaves to train in full.
+
+    Raises:
+      ValueError: if a pattern matches nothing (the message names the nearest paths), the targets and `train` name the
+        same leaf, or nothing is left.
+    """
+    paths = list(by_path)
+    excluded = _matched("exclude", spec.exclude, paths)
+    full = _matched("train", spec.train, paths)
+    given = _matched("axes", spec.axes, paths)
+    kernels = {path for path in paths if path in given or is_kernel(path, by_path[path], sites)}
+    if isinstance(spec.targets, str):
+        targets = {p for p in kernels if is_linear(p, by_path[p], sites) and not is_output_layer(p)} - full - excluded
+    else:
+        targets = _named(params, paths, by_path, kernels, spec) - excluded
+        _disjoint(targets, full)
+    if not targets and not full and spec.bias != "all":
+        raise ValueError(
+            f"wrap: targets={_shown(spec.targets)} with exclude={_shown(spec.exclude)} leaves nothing to adapt. "
+            f"The tree's leaves are {_some(paths)}. Kernels of other names than kernel and w are found by "
+            "jlora.wrap(params, spec, sites=jlora.sites(fn, params, *args)), or name them in targets"
+        )
+    _check_overrides(spec.overrides, paths, targets)
+    for path in sorted(full):
+        _check_trainable(path, by_path[path])
+    return targets, full | _biases(by_path, targets, spec.bias) - targets
+
+
+def sites_of(sites: Sites | None, paths: Sequence[str]) -> Sites | None:
+    """The sites keyed as the leaves are, if they were traced on ``{"params": params}``, say."""
+    if sites is None or not paths or any(path in sites for path in paths):
+        return sites
+    prefixes = {name.removesuffix(paths[0]) for name in sites if name.endswith("/" + paths[0])}
+    for prefix in prefixes:
+        if all(prefix + path in sites for path in paths):
+            return {path: sites[prefix + path] for path in paths}
+    raise ValueError(
+        f"wrap: sites are of another tree: they have paths such as {_some(sites)}, the parameters {_some(paths)}. Call "
+        "jlora.sites with the tree that is wrapped as its second argument"
+    )
+
+
+def _named(
+    params: Any, paths: Sequence[str], by_path: Mapping[str, Any], kernels: set[str], spec: LoraSpec
+) -> set[str]:
+    if isinstance(spec.targets, tuple):
+        return _patterns(spec.targets, paths, kernels)
+    if callable(spec.targets):
+        named = {path for path in paths if spec.targets(path, by_path[path])}
+    else:
+        named = _marked(params, spec.targets)
+    for path in sorted(named - kernels):
+        shape = tuple(getattr(by_path[path], "shape", ()))
+        raise ValueError(
+            f"wrap: {path} of shape {shape} is a target but no kernel (which has two axes or more, and is no bias and "
+            "no norm's scale); leave it out, or say its axes with axes={...}"
+        )
+    return named
+
+
+def _patterns(patterns: Iterable[Pattern], paths: Sequence[str], kernels: set[str]) -> set[str]:
+    """The kernels among the leaves that a pattern names; the biases beside them are not meant."""
+    named: set[str] = set()
+    for pattern in patterns:
+        matched = _matched("targets", [pattern], paths)
+        if not matched & kernels:
+            raise ValueError(
+                f"wrap: the target {_shown(pattern)} matches {_some(sorted(matched))}, none of which is a kernel of at "
+                "least two axes; train such leaves in full with train=(...) or bias=..."
+            )
+        named |= matched & kernels
+    return named
+
+
+def _marked(params: Any, marks: Any) -> set[str]:
+    """The paths at which a tree of booleans is true."""
+    paths, _, treedef = flatten(params)
+    try:
+        flags = jax.tree.broadcast(marks, params)
+    except ValueError as error:
+        raise ValueError(
+            f"wrap: targets is a tree whose structure is not that of the parameters: {error}. Give patterns, a "
+            "function (path, leaf) -> bool, or a tree of booleans made by jax.tree.map over the parameters"
+        ) from None
+    flags = treedef.flatten_up_to(flags)
+    for path, flag in zip(paths, flags, strict=True):
+        if not isinstance(flag, bool):
+            raise ValueError(f"wrap: targets has {flag!r} at {path}; a tree of targets holds True or False")
+    return {path for path, flag in zip(paths, flags, strict=True) if flag}
+
+
+def _matched(setting: str, patterns: Iterable[Pattern], paths: Sequence[str]) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = set(filter(matcher(pattern), paths))
+        if not hits:
+            raise ValueError(
+                f"wrap: the pattern {_shown(pattern)} in {setting} matches no leaf. Nearest: "
+                f"{_some(nearest(pattern, paths))}"
+            )
+        matched |= hits
+    return matched
+
+
+def _check_overrides(patterns: Iterable[Pattern], paths: Sequence[str], targets: set[str]) -> None:
+    for pattern in patterns:
+        if not (matched := _matched("overrides", [pattern], paths)) & targets:
+            raise ValueError(
+                f"wrap: the pattern {_shown(pattern)} in overrides names {_some(sorted(matched))}, none of which is a "
+                f"target; targets are {_some(sorted(targets))}"
+            )
+
+
+def _check_trainable(path: str, leaf: Any) -> None:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        found = jnp.dtype(dtype).name if dtype is not None else repr(leaf)
+        raise ValueError(f"wrap: {path} can't train, since it is {found}, not floating; take it out of train")
+
+
+def _disjoint(targets: set[str], full: set[str]) -> None:
+    if both := sorted(targets & full):
+        raise ValueError(
+            f"wrap: {_some(both)} stands both in targets and in train; a leaf is adapted or trained in full"
+        )
+
+
+def _biases(leaves: Mapping[str, Any], targets: set[str], mode: str) -> set[str]:
+    if mode == "none":
+        return set()
+    modules = {module_of(path) for path in targets}
+    meant = lambda path: mode == "all" or module_of(path) in modules
+    biases = {path for path, leaf in leaves.items() if is_bias(path, leaf) and meant(path)}
+    if not biases:
+        raise ValueError(f"wrap: bias={mode!r}, but the tree has no such bias: leaves are {_some(leaves)}")
+    return biases
+
+
+def _shown(value: Any) -> str:
+    return repr(getattr(value, "pattern", value))
+
+
+def _some(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,0 +1,193 @@
+"""Functions of a wrapped tree. It describes itself: nodes adapt or train, every other leaf is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.interpret.compat import is_traced
+from jlora.interpret.factored import Factored
+from jlora.nodes import check_fit, is_node, leaf_fields
+from jlora.paths import flatten
+
+TRAINABLE, FROZEN = "trainable", "frozen"
+
+
+class MergePrecisionWarning(UserWarning):
+    """The merged kernel's type is too coarse for the adapter: rounding took most of it."""
+
+
+def merge(tree: Any, *, dtype: Any = None) -> Any:
+    """Folds the adapters into their kernels and returns a plain tree.
+
+    ``W + scale * A @ B`` is added in float32 and rounded once.
+
+    Args:
+      tree: a wrapped tree.
+      dtype: of the merged kernels; None keeps each base's.
+
+    Returns:
+      The tree that was wrapped, with the kernels merged; leaves trained in full have their trained values.
+
+    Raises:
+      TypeError: if nothing in the tree is wrapped.
+      ValueError: if `dtype` is no floating type, or the tree is one half of `partition`.
+
+    Warns:
+      MergePrecisionWarning: if rounding to the kernel's type loses more than half of an adapter (seen only where the
+        values are known, so not under jit).
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> jlora.merge(params)["kernel"].shape
+      (4, 3)
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"merge: dtype must be a floating type, found {jnp.dtype(dtype).name}")
+    paths, leaves, treedef = flatten(_wrapped("merge", tree), is_node)
+    return treedef.unflatten([_merged(leaf, path, dtype) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _merged(leaf: Any, path: str, dtype: Any) -> Any:
+    if not is_node(leaf):
+        return leaf
+    check_fit("merge", path, leaf)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
+        merged = jax.eval_shape(lambda node: _merged(node, path, dtype), leaf)
+        return jax.ShapeDtypeStruct(merged.shape, merged.dtype, sharding=getattr(leaf.base, "sharding", None))
+    value = leaf.effective(path, None)
+    if not isinstance(value, Factored):
+        return value
+    merged = value.dense(dtype)
+    _check_precision(path, value, merged)
+    return merged
+
+
+def _check_precision(path: str, value: Factored, merged: Any) -> None:
+    if is_traced(merged) or jnp.finfo(merged.dtype).bits >= 32:
+        return
+    exact = value.dense(jnp.float32)
+    delta = jnp.linalg.norm((exact - value.base.astype(jnp.float32)).ravel())
+    lost = jnp.linalg.norm((exact - merged.astype(jnp.float32)).ravel())
+    if lost > delta / 2:
+        warnings.warn(
+            f"merge: rounding {path} to {merged.dtype.name} loses {float(lost / delta):.0%} of its adapter (the update "
+            "is below the type's resolution); merge(tree, dtype=jnp.float32) keeps it",
+            MergePrecisionWarning,
+            stacklevel=4,
+        )
+
+
+def unwrap(tree: Any) -> Any:
+    """Drops the adapters: every base and frozen leaf as it was, bit for bit.
+
+    A leaf trained in full keeps its trained value, since no copy of its original is kept.
+
+    Raises:
+      TypeError: if nothing in the tree is wrapped.
+    """
+    return jax.tree.map(lambda x: x.base if is_node(x) else x, _wrapped("unwrap", tree), is_leaf=is_node)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Splits a wrapped tree into ``(trainable, frozen)``: its own structure twice, None where the other has a leaf.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jlora.LoraSpec(rank=2))
+      >>> trainable, frozen = jlora.partition(params)
+      >>> [x.shape for x in jax.tree.leaves(trainable)]
+      [(4, 2), (2, 3)]
+    """
+    keep = lambda wanted: lambda leaf, label: leaf if label == wanted else None
+    marks = labels(_wrapped("partition", tree))
+    return jax.tree.map(keep(TRAINABLE), tree, marks), jax.tree.map(keep(FROZEN), tree, marks)
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """The inverse of `partition`.
+
+    Raises:
+      ValueError: if a leaf is in both trees, or the trees differ in structure.
+    """
+    paths, nodes, treedef = flatten(trainable, _is_part)
+    others, rest, other_treedef = flatten(frozen, _is_part)
+    if treedef != other_treedef:
+        raise ValueError(
+            f"combine: the trees differ{_difference(paths, others)}; it takes both halves of one partition"
+        )
+    joined = [_joined(path, a, b) for path, a, b in zip(paths, nodes, rest, strict=True)]
+    return treedef.unflatten(joined)
+
+
+def _is_part(x: Any) -> bool:
+    return x is None or is_node(x)
+
+
+def _difference(paths: list[str], others: list[str]) -> str:
+    only = sorted({*paths} ^ {*others})
+    return f" at {only[0]}" if only else ""
+
+
+def _joined(path: str, a: Any, b: Any) -> Any:
+    if not (is_node(a) or is_node(b)):
+        return _either(path, a, b)
+    if _structure(a) != _structure(b):
+        raise ValueError(
+            f"combine: {path} differs: {_told(a)} in the one tree, {_told(b)} in the other. These are not halves of "
+            "one partition: wrap the base with the spec that the trained half had, and partition that"
+        )
+    return jax.tree.map(lambda x, y: _either(path, x, y), a, b, is_leaf=lambda x: x is None)
+
+
+def _structure(x: Any) -> Any:
+    """A node's structure, whichever of its arrays are there."""
+    return jax.tree.structure(x, is_leaf=lambda x: not is_node(x))
+
+
+def _told(x: Any) -> str:
+    """A node without its arrays: its kind, axes, scale."""
+    if not is_node(x):
+        return "nothing" if x is None else "a plain leaf"
+    facts = [f.name for f in dataclasses.fields(x) if f.metadata.get("static")]
+    return f"{type(x).__name__}({', '.join(f'{name}={getattr(x, name)!r}' for name in facts)})"
+
+
+def _either(path: str, a: Any, b: Any) -> Any:
+    if a is not None and b is not None:
+        raise ValueError(f"combine: {path} is in both trees; it takes the two that jlora.partition returned")
+    return b if a is None else a
+
+
+def labels(tree: Any) -> Any:
+    """A tree of the same structure with ``"trainable"`` or ``"frozen"`` for each leaf, for `optax.multi_transform`."""
+    return label_fields(tree, lambda field: TRAINABLE if field.metadata.get("trained") else FROZEN)
+
+
+def label_fields(tree: Any, label: Callable[[dataclasses.Field], str]) -> Any:
+    """Labels each leaf of a node by its field, and the leaves outside of nodes ``"frozen"``."""
+
+    def mark(x: Any) -> Any:
+        if not is_node(x):
+            return FROZEN
+        marks = {f.name: jax.tree.map(lambda _, f=f: label(f), getattr(x, f.name)) for f in leaf_fields(x)}
+        return dataclasses.replace(x, **marks)
+
+    return jax.tree.map(mark, tree, is_leaf=is_node)
+
+
+def has_nodes(tree: Any) -> bool:
+    """Whether anything in a tree is wrapped."""
+    return any(is_node(x) for x in jax.tree.leaves(tree, is_leaf=is_node))
+
+
+def _wrapped(name: str, tree: Any) -> Any:
+    if not has_nodes(tree):
+        raise TypeError(f"{name} takes a tree that jlora.wrap returned; no leaf of this one is wrapped (merged twice?)")
+    return tree

@@ -1,0 +1,69 @@
+"""What the tests share: specs from the zoo's truths, random adapters, errors, costs."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jlora
+from tests.programs import Program
+
+
+def exactly(path: str) -> str:
+    """A pattern for one path."""
+    return "re:" + re.escape(path)
+
+
+def spec_of(program: Any, rank: int = 2, **settings: Any) -> jlora.LoraSpec:
+    """The spec that adapts the kernels of a program, with the axes it tells, at scale 1."""
+    axes = {exactly(path): jlora.Axes(*groups) for path, groups in program.axes.items()}
+    settings = {"targets": tuple(axes), "axes": axes, "rank": rank, "alpha": rank} | settings
+    return jlora.LoraSpec(**settings)
+
+
+def randomised(tree: Any, std: float = 0.3) -> Any:
+    """The wrapped tree with normal noise in all that trains."""
+    trainable, frozen = jlora.partition(tree)
+    leaves, treedef = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(0)
+    noise = [jnp.asarray(rng.normal(scale=std, size=leaf.shape), leaf.dtype) for leaf in leaves]
+    return jlora.combine(treedef.unflatten(noise), frozen)
+
+
+def adapted(program: Program) -> Any:
+    """The program's parameters, wrapped, with random adapters."""
+    return randomised(jlora.wrap(program.params, spec_of(program)))
+
+
+def floats(tree: Any) -> list[np.ndarray]:
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return [np.asarray(x, np.float64) for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def error(found: Any, expected: Any) -> float:
+    """The largest difference over the largest value."""
+    pairs = list(zip(floats(found), floats(expected), strict=True))
+    largest = max((np.abs(y).max(initial=0) for _, y in pairs), default=0) + 1e-6
+    return max((np.abs(x - y).max(initial=0) for x, y in pairs), default=0) / largest
+
+
+def same_bits(x: Any, y: Any) -> bool:
+    """Whether two trees hold the same bits, in the same structure."""
+    if jax.tree.structure(x) != jax.tree.structure(y):
+        return False
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
+
+
+def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    return jax.jit(fn, **kwargs).lower(*args).compile()
+
+
+def flops(program: Any) -> float:
+    return program.cost_analysis()["flops"]
+
+
+def temporaries(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
