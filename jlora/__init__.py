@@ -4,12 +4,15 @@
 factored cost, `optimizer` trains the adapters and holds the base, `merge` gives a plain tree again, W + scale * A @ B.
 """
 
+from jlora import init, optim, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
+from jlora.axes import Axes
+from jlora.convert import fold_and_restart, to_plain_lora
 from jlora.interpret.sites import sites
 from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
 from jlora.report import explain, summary
-from jlora.spec import Axes, LoraSpec
+from jlora.spec import LoraSpec
 from jlora.tree import MergePrecisionWarning, combine, labels, merge, partition, unwrap
 from jlora.wrap import wrap
 
@@ -27,14 +30,19 @@ __all__ = [
     "apply",
     "combine",
     "explain",
+    "fold_and_restart",
     "grad",
+    "init",
     "labels",
     "merge",
+    "optim",
     "optimizer",
     "partition",
     "sites",
     "summary",
+    "to_plain_lora",
     "unwrap",
     "value_and_grad",
+    "variants",
     "wrap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import zlib
@@ -17,7 +18,7 @@ from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.views import VIEWS
-from jlora.nodes import check_fit, is_node
+from jlora.nodes import check_fit, is_node, leaf_fields
 from jlora.paths import flatten, refill
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
@@ -81,8 +82,6 @@ def run_on_wrapped(
     if freeze:
         leaves = _frozen((args, kwargs), leaves)
     values = [leaves[i].effective(_inside(paths[i]), _key(rng, paths[i], leaves[i])) for i in places]
-    if freeze:
-        values = [v.replace(base=lax.stop_gradient(v.base)) if isinstance(v, Factored) else v for v in values]
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
 
@@ -106,13 +105,20 @@ def _array(x: Any, aval: Any) -> Any:
 
 
 def _frozen(arguments: tuple[Any, Any], leaves: list[Any]) -> list[Any]:
-    """Stops the gradient of the plain leaves of each argument that holds a node."""
+    """Stops the gradient of what is frozen in each argument that holds a node."""
     args, kwargs = arguments
     frozen: list[Any] = []
     for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
         part = leaves[len(frozen) : len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_node))]
-        frozen += [_stop(leaf) for leaf in part] if any(map(is_node, part)) else part
+        frozen += [_stopped(leaf) for leaf in part] if any(map(is_node, part)) else part
     return frozen
+
+
+def _stopped(leaf: Any) -> Any:
+    if not is_node(leaf):
+        return _stop(leaf)
+    fields = [f.name for f in leaf_fields(leaf) if not f.metadata.get("trained")]
+    return dataclasses.replace(leaf, **{name: jax.tree.map(_stop, getattr(leaf, name)) for name in fields})
 
 
 def _stop(leaf: Any) -> Any:

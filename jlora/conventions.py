@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.axes import Axes
 from jlora.interpret.sites import LINEAR, Site
 from jlora.paths import matcher, module_of
-from jlora.spec import Axes, LoraSpec
+from jlora.spec import LoraSpec
 
 KERNELS, EMBEDDINGS = ("kernel", "w"), ("embedding", "embeddings")
 OUTPUT_LAYERS = ("lm_head", "embed_out")
@@ -52,7 +53,7 @@ def kernel_axes(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Sit
       ValueError: if none of them tells.
     """
     leaf = leaves[path]
-    kind = "embedding" if path.rpartition("/")[2] in EMBEDDINGS else "dot"
+    kind = _kind(path, len(leaf.shape), sites)
     for pattern, axes in spec.axes.items():
         if matcher(pattern)(path):
             return axes, kind
@@ -66,6 +67,12 @@ def kernel_axes(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Sit
             f"*args)), or say it: LoraSpec(axes={{{path!r}: jlora.Axes(in_axis=..., out_axis=..., batch_axis=...)}})"
         )
     return axes, kind
+
+
+def _kind(path: str, ndim: int, sites: Sites | None) -> str:
+    if sites is not None and path in sites and sites[path].kind != "other":
+        return sites[path].kind
+    return "embedding" if path.rpartition("/")[2] in EMBEDDINGS else "conv" if _is_conv(path, ndim) else "dot"
 
 
 def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.interpret.factored import Factored, transposed
-from jlora.spec import Axes
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.products import transposed
+
+if TYPE_CHECKING:
+    from jlora.kernel import Kernel
+
+GROUPS = ("batch", "in", "out")
+PAIR = ("batch in rank", "batch rank out")
 
 
-def trained(**kwargs: Any) -> Any:
-    """A field of a node that trains."""
-    return dataclasses.field(metadata={"trained": True}, **kwargs)
+def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
+    """A field of a node that trains.
+
+    Args:
+      dims: its axes by name: ``batch``, ``in`` and ``out`` are those of the base (first the batch ones), any other word
+        is an axis of its own, as in ``"batch in rank"``. So it is placed, checked, and put beside the base. A field
+        that holds a tuple of arrays, or an empty one, has a tuple of them.
+    """
+    return dataclasses.field(metadata={"trained": True, "dims": dims}, **kwargs)
 
 
-def frozen(**kwargs: Any) -> Any:
-    """A field of a node that stays as it is."""
-    return dataclasses.field(metadata={"trained": False}, **kwargs)
+def frozen(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
+    """A field of a node that stays as it is; arguments as in `trained`."""
+    return dataclasses.field(metadata={"trained": False, "dims": dims}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:
@@ -47,13 +62,72 @@ class AdaptedParam(abc.ABC):
     """A leaf of a parameter tree with what adapts it; a pytree node whose leaves are arrays only.
 
     Used as an array it refuses, since arithmetic on the base alone would drop the adapter without a word.
+
+    A variant is one such class: a dataclass, registered as a pytree, whose array fields are declared with `trained` and
+    `frozen` and its settings with `static`. It says how it starts (`create`) and what it stands for (`effective`).
+
+    Attributes:
+      KINDS: the uses of a kernel that it adapts.
+      SETTINGS: the settings of `jlora.LoraSpec` that mean something to it, beside the targets.
+      OPTIONS: settings of its own, with their defaults.
     """
 
+    KINDS: ClassVar[tuple[str, ...]] = ("dot", "embedding", "conv", "ragged_dot")
+    SETTINGS: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "init", "dropout")
+    OPTIONS: ClassVar[Mapping[str, Any]] = {}
+
     base: Any
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> Self:
+        """The node right after `jlora.wrap`; `kernel` tells shapes, axes and the spec. Runs under jit."""
+        raise NotImplementedError(f"{cls.__name__} is not made by jlora.wrap")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a `jlora.LoraSpec` that make such a node anew."""
+        node: Any = self
+        rank = {"rank": node.lora_a.shape[-1]} if hasattr(node, "lora_a") else {}
+        given = {"scaling": "scale", "dropout": "dropout"}
+        return rank | {name: getattr(node, field) for name, field in given.items() if hasattr(node, field)}
 
     @abc.abstractmethod
     def effective(self, name: str, key: jax.Array | None) -> Factored | jax.Array:
         """The value that functions see in place of the leaf; `name` is its path, `key` switches dropout on."""
+
+    def beside(self, x: jax.Array, dims: str, fill: float = 0) -> jax.Array:
+        """An array put beside the base: axes in the base's order, of size 1 where it has none, the word's own last.
+
+        Args:
+          x: with the axes that `dims` names, as in `trained`; those of adapted layers only.
+          fill: its value for the layers that are not adapted.
+        """
+        node: Any = self
+        axes = node.axes
+        groups = [getattr(axes, f"{word}_axis") if word in GROUPS else (word,) for word in dims.split()]
+        return self.placed(self.everywhere(x, fill) if dims.startswith("batch") else x, [a for g in groups for a in g])
+
+    def placed(self, x: jax.Array, order: Sequence[int | str]) -> jax.Array:
+        """As `beside`, for an array whose axes are these of the base, and one of its own that has a name."""
+        own = [axis for axis in order if isinstance(axis, str)]
+        at = [axis for axis in order if not isinstance(axis, str)]
+        x = transposed(x, [order.index(axis) for axis in (*sorted(at), *own)])
+        gone = [axis for axis in range(self.ndim) if axis not in at]
+        return lax.expand_dims(x, gone if own else [*gone, self.ndim])
+
+    def everywhere(self, x: jax.Array, fill: float = 0) -> jax.Array:
+        """An array of the adapted layers, with `fill` for the others."""
+        node: Any = self
+        if getattr(node, "layers", None) is None:
+            return x
+        whole = jnp.full((self.shape[node.axes.batch_axis[0]], *x.shape[1:]), fill, x.dtype)
+        return whole.at[jnp.asarray(node.layers)].set(x)
+
+    def of_layers(self, x: jax.Array) -> jax.Array:
+        """The base, or an array of its shape, with the adapted layers alone."""
+        node: Any = self
+        layers = getattr(node, "layers", None)
+        return x if layers is None else jnp.take(x, jnp.asarray(layers), axis=node.axes.batch_axis[0])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,6 +169,9 @@ class AdaptedParam(abc.ABC):
 class LoraParam(AdaptedParam):
     """A kernel W with low-rank factors: stands for ``W + scale * A @ B``.
 
+    Where the factors start from parts of W (PiSSA, OLoRA and their like) it stands for
+    ``W + scale * (A @ B - A_0 @ B_0)``: W itself stays whole.
+
     Args:
       base: W, frozen.
       lora_a: A, of shape (batch..., in..., r), trained.
@@ -102,32 +179,49 @@ class LoraParam(AdaptedParam):
       axes: which axes of W are in, out and batch.
       scale: s.
       dropout: rate of the dropout on A's input.
+      layers: which of the layers stacked on the first batch axis are adapted; None: all. The factors have these alone.
+      start: (A_0, B_0), frozen, or () where their product is zero.
 
     References:
-      Hu et al., arXiv:2106.09685.
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
     """
 
     base: Any = frozen()
-    lora_a: Any = trained()
-    lora_b: Any = trained()
+    lora_a: Any = trained("batch in rank")
+    lora_b: Any = trained("batch rank out")
     axes: Axes = static()
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
+    layers: tuple[int, ...] | None = static(default=None)
+    start: tuple[Any, ...] = frozen(PAIR, default=())
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> LoraParam:
+        return cls(base, **kernel.low_rank(base, key), **kernel.settings)
 
     @property
     def rank(self) -> int:
         return self.lora_a.shape[-1]
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
-        batch = self.axes.batch_axis
-        n = len(batch)
-        lora_b = lax.transpose(self.lora_b, [i for i in range(self.lora_b.ndim) if i != n] + [n])
-        factors = (
-            _align(self.lora_a, (*batch, *self.axes.in_axis), self.ndim),
-            _align(lora_b, (*batch, *self.axes.out_axis), self.ndim),
-        )
-        key = key if self.dropout else None
-        return Factored(self.base, factors, key=key, name=name, scale=self.scale, dropout=self.dropout)
+        return low_rank_of(self, name, key)
+
+
+def low_rank_of(node: Any, name: str, key: jax.Array | None) -> Factored:
+    """The low-rank factors of a node that has the fields of a `LoraParam`, beside its base."""
+    lora_a, lora_b = from_start(node)
+    factors = node.beside(lora_a, "batch in rank"), node.beside(lora_b, "batch rank out")
+    key = key if node.dropout else None
+    return low_rank(node.base, *factors, key=key, name=name, scale=node.scale, dropout=node.dropout)
+
+
+def from_start(node: Any) -> tuple[jax.Array, jax.Array]:
+    """The factors of A B - A_0 B_0 as (A - A_0) B + A_0 (B - B_0): small numbers, and zero at the start."""
+    if not node.start:
+        return node.lora_a, node.lora_b
+    start_a, start_b = node.start
+    lora_a = jnp.concatenate([node.lora_a - start_a, start_a], axis=-1)
+    return lora_a, jnp.concatenate([node.lora_b, node.lora_b - start_b], axis=len(node.axes.batch_axis))
 
 
 @jax.tree_util.register_dataclass
@@ -149,7 +243,7 @@ def is_node(x: Any) -> bool:
 
 def check_whole(where: str, path: str, node: AdaptedParam) -> None:
     """Refuses a node that lacks some of its arrays."""
-    if any(getattr(node, field.name) is None for field in leaf_fields(node)):
+    if any(x is None for f in leaf_fields(node) for x in jax.tree.leaves(getattr(node, f.name), is_leaf=_is_none)):
         raise ValueError(
             f"{where}: {path} lacks some of its arrays, as in one half of jlora.partition; jlora.combine the two first"
         )
@@ -158,12 +252,11 @@ def check_whole(where: str, path: str, node: AdaptedParam) -> None:
 def check_fit(where: str, path: str, node: AdaptedParam) -> None:
     """Refuses a node that is not whole, or whose factors are not those of its base."""
     check_whole(where, path, node)
-    if not isinstance(node, LoraParam):
-        return
-    of = lambda axes: tuple(node.shape[axis] for axis in axes)
-    batch, rank = of(node.axes.batch_axis), node.lora_a.shape[-1]
-    expected = (*batch, *of(node.axes.in_axis), rank), (*batch, rank, *of(node.axes.out_axis))
-    found = tuple(node.lora_a.shape), tuple(node.lora_b.shape)
+    fields: list[tuple[str, Any]] = []
+    map_fields(lambda dims, x: fields.append((dims, x)) if dims else None, node)
+    known = {word: size for dims, x in fields for word, size in _own_sizes(node, dims, x).items()}
+    expected = tuple(sizes_of(node, dims, known) for dims, _ in fields)
+    found = tuple(tuple(x.shape) for _, x in fields)
     if found != expected:
         raise ValueError(
             f"{where}: the factors of {path} have shapes {found}, but beside its base of shape {tuple(node.shape)} "
@@ -171,12 +264,37 @@ def check_fit(where: str, path: str, node: AdaptedParam) -> None:
         )
 
 
+def sizes_of(node: Any, dims: str, known: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a field of a node: `known` has the sizes of its own words."""
+    sizes = lambda word: [node.shape[axis] for axis in getattr(node.axes, f"{word}_axis")]
+    groups = [sizes(word) if word in GROUPS else [known[word]] for word in dims.split()]
+    if dims.startswith("batch") and getattr(node, "layers", None) is not None:
+        groups[0][0] = len(node.layers)
+    return tuple(size for group in groups for size in group)
+
+
+def map_fields(fn: Callable[[str, Any], Any], node: Any) -> Any:
+    """The node with ``fn(dims, array)`` for each of its arrays."""
+
+    def mapped(dims: Any, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fn(d, x) for d, x in zip(dims, value, strict=bool(value)))
+        return fn(dims, value)
+
+    given = {f.name: mapped(f.metadata.get("dims", ""), getattr(node, f.name)) for f in leaf_fields(node)}
+    return dataclasses.replace(node, **given)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _own_sizes(node: Any, dims: str, x: Any) -> dict[str, int]:
+    """The sizes of the words of `dims` that are no axes of the base, as x has them."""
+    words = [w for word in dims.split() for w in ([word] * len(getattr(node.axes, f"{word}_axis", (0,))))]
+    return {word: size for word, size in zip(words, x.shape, strict=False) if word not in GROUPS}
+
+
 def leaf_fields(node: AdaptedParam) -> list[dataclasses.Field]:
     """The fields of a node that hold arrays."""
     return [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
-
-
-def _align(factor: jax.Array, order: tuple[int, ...], ndim: int) -> jax.Array:
-    """Puts a factor's axes in the kernel's order, with axes of size 1 where it has none; the rank stays last."""
-    ordered = transposed(factor, [*sorted(range(len(order)), key=order.__getitem__), len(order)])
-    return lax.expand_dims(ordered, [axis for axis in range(ndim) if axis not in order])

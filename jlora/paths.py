@@ -22,6 +22,7 @@ import regex
 _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE, "a": re.ASCII}
 MATCH_SECONDS = 1.0
 MAX_PATTERN = 2000
+MODULE = "module:"
 _REGEX_ONLY = re.compile(r"[()|^$\\+]|\.\*|\[\^")
 
 Pattern = str | re.Pattern[str]
@@ -84,6 +85,8 @@ def matcher(pattern: Pattern) -> Matcher:
     ``query`` and ``attention/query`` so match every leaf within each module of that name, ``query/kernel`` a leaf.
     A pattern that begins with ``re:``, is compiled by ``re.compile``, or has a character that only a regular
     expression uses (``( ) | ^ $ + \\`` or ``.*``), is one, and must match the whole path of a leaf or of a module.
+    One that begins with ``module:`` is a regular expression for the dotted name of the module that holds the leaf, as
+    PEFT and PyTorch write it: ``module:(?:.*\\.)?query`` for ``layers.0.query`` of ``layers/0/query/kernel``.
 
     Raises:
       ValueError: if the pattern is empty, too long, or no valid regular expression.
@@ -91,6 +94,8 @@ def matcher(pattern: Pattern) -> Matcher:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     if not text or len(text) > MAX_PATTERN:
         raise ValueError(f"a pattern has between 1 and {MAX_PATTERN} characters, found {len(text)}: {text[:60]!r}")
+    if is_of_modules(pattern):
+        return _dotted(text)
     return _regex(pattern) if is_regex(pattern) else _glob(text)
 
 
@@ -104,11 +109,37 @@ def text_of(pattern: Pattern) -> str:
 
 def is_regex(pattern: Pattern) -> bool:
     """Whether a pattern is read as a regular expression (else it is a glob)."""
-    return isinstance(pattern, re.Pattern) or pattern.startswith("re:") or bool(_REGEX_ONLY.search(pattern))
+    return isinstance(pattern, re.Pattern) or pattern.startswith(("re:", MODULE)) or bool(_REGEX_ONLY.search(pattern))
+
+
+def is_of_modules(pattern: Pattern) -> bool:
+    """Whether a pattern is for the dotted names of modules."""
+    return isinstance(pattern, str) and pattern.startswith(MODULE)
 
 
 def _regex(pattern: Pattern) -> Matcher:
-    text = text_of(pattern).removeprefix("re:")
+    full = _fullmatch(text_of(pattern).removeprefix("re:"))
+
+    def match(path: str) -> str | None:
+        if full(path):
+            return "leaf"
+        modules = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        return "module" if any(map(full, modules)) else None
+
+    return match
+
+
+def _dotted(text: str) -> Matcher:
+    full = _fullmatch(text.removeprefix(MODULE))
+
+    def match(path: str) -> str | None:
+        module = module_of(path).replace("/", ".")
+        return "module" if module and full(module) else None
+
+    return match
+
+
+def _fullmatch(text: str) -> Callable[[str], bool]:
     try:
         compiled = regex.compile(text)
     except (regex.error, RecursionError) as error:
@@ -123,13 +154,7 @@ def _regex(pattern: Pattern) -> Matcher:
                 "nested repetitions make it exponential; simplify it or write a glob"
             ) from None
 
-    def match(path: str) -> str | None:
-        if full(path):
-            return "leaf"
-        modules = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
-        return "module" if any(map(full, modules)) else None
-
-    return match
+    return full
 
 
 def _glob(text: str) -> Matcher:
@@ -161,7 +186,7 @@ def _skip(reached: set[int], wanted: list[str]) -> set[int]:
 
 def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
     """The paths (of leaves and of modules) whose ends look most like `pattern`."""
-    text = (pattern.pattern if isinstance(pattern, re.Pattern) else pattern).removeprefix("re:")
+    text = (pattern.pattern if isinstance(pattern, re.Pattern) else pattern).removeprefix("re:").removeprefix(MODULE)
     depth = text.count("/") + 1
     candidates = {name: None for path in paths for name in (path, module_of(path)) if name}
     tails: dict[str, str] = {}

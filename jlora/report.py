@@ -13,7 +13,7 @@ import jax
 from jlora.apply import RULES, run_on_wrapped
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
-from jlora.nodes import LoraParam, check_whole, is_node
+from jlora.nodes import check_whole, is_node
 from jlora.paths import flatten, split_arrays
 from jlora.tree import TRAINABLE, has_nodes, labels, unwrap
 
@@ -102,9 +102,9 @@ def summary(tree: Any) -> Table:
 
 def _summary_row(path: str, node: Any) -> tuple[str, ...]:
     trained = jax.tree.leaves(jax.tree.map(lambda x, m: _size(x) if m == TRAINABLE else 0, node, labels(node)))
-    is_lora = isinstance(node, LoraParam)
+    settings = node.settings
     name = type(node).__name__.removesuffix("Param").lower().replace("trainable", "in full")
-    rank, scale = (str(node.rank), f"{node.scale:g}") if is_lora else ("", "")
+    rank, scale = str(settings.get("rank", "")), f"{settings['scaling']:g}" if "scaling" in settings else ""
     return path, str(tuple(node.shape)), name, rank, scale, f"{sum(trained):,}"
 
 

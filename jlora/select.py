@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jlora.conventions import is_bias, is_kernel, is_linear, is_output_layer
 from jlora.interpret.sites import Site
-from jlora.paths import Pattern, flatten, matcher, module_of, nearest
+from jlora.kernel import Kernel
+from jlora.paths import Pattern, flatten, is_of_modules, matcher, module_of, nearest
 from jlora.spec import LoraSpec
 
 Sites = Mapping[str, Site]
 
 
-def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites | None) -> tuple[set[str], set[str]]:
-    """The paths of the kernels to adapt, and those of the leaves to train in full.
+class Selection(NamedTuple):
+    """Paths by what becomes of them: kernels to adapt, leaves to train in full, tables with rows to train."""
+
+    targets: set[str]
+    full: set[str]
+    tokens: Mapping[str, Sequence[int]]
+
+
+def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites | None) -> Selection:
+    """Finds what a spec names.
 
     Raises:
       ValueError: if a pattern matches nothing (the message names the nearest paths), the targets and `train` name the
@@ -26,14 +36,17 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     paths = list(by_path)
     excluded = _matched("exclude", spec.exclude, paths)
     full = _matched("train", spec.train, paths)
+    tokens = {path: ids for pattern, ids in spec.train_tokens.items() for path in _tables(pattern, by_path)}
     given = _matched("axes", spec.axes, paths)
     kernels = {path for path in paths if path in given or is_kernel(path, by_path[path], sites)}
     if isinstance(spec.targets, str):
-        targets = {p for p in kernels if is_linear(p, by_path[p], sites) and not is_output_layer(p)} - full - excluded
+        linear = {path for path in kernels if is_linear(path, by_path[path], sites) and not is_output_layer(path)}
+        targets = linear - full - excluded - {*tokens}
     else:
         targets = _named(params, paths, by_path, kernels, spec) - excluded
-        _disjoint(targets, full)
-    if not targets and not full and spec.bias != "all":
+        _disjoint(targets, full | {*tokens})
+    _disjoint({*tokens}, full)
+    if not targets and not full and not tokens and spec.bias != "all":
         raise ValueError(
             f"wrap: targets={_shown(spec.targets)} with exclude={_shown(spec.exclude)} leaves nothing to adapt. "
             f"The tree's leaves are {_some(paths)}. Kernels of other names than kernel and w are found by "
@@ -42,7 +55,7 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     _check_overrides(spec.overrides, paths, targets)
     for path in sorted(full):
         _check_trainable(path, by_path[path])
-    return targets, full | _biases(by_path, targets, spec.bias) - targets
+    return Selection(targets, full, tokens)
 
 
 def sites_of(sites: Sites | None, paths: Sequence[str]) -> Sites | None:
@@ -122,7 +135,8 @@ def _matched(setting: str, patterns: Iterable[Pattern], paths: Sequence[str]) ->
 
 
 def _check_overrides(patterns: Iterable[Pattern], paths: Sequence[str], targets: set[str]) -> None:
-    for pattern in patterns:
+    """Refuses an override of nothing; those by modules' names come from `LoraSpec.from_peft`, where PEFT allows it."""
+    for pattern in itertools.filterfalse(is_of_modules, patterns):
         if not (matched := _matched("overrides", [pattern], paths)) & targets:
             raise ValueError(
                 f"wrap: the pattern {_shown(pattern)} in overrides names {_some(sorted(matched))}, none of which is a "
@@ -144,7 +158,12 @@ def _disjoint(targets: set[str], full: set[str]) -> None:
         )
 
 
-def _biases(leaves: Mapping[str, Any], targets: set[str], mode: str) -> set[str]:
+def biases_of(leaves: Mapping[str, Any], targets: Iterable[str], mode: str) -> set[str]:
+    """The biases that train: of no layer, of all, or of those whose kernels are adapted.
+
+    Raises:
+      ValueError: if there is none.
+    """
     if mode == "none":
         return set()
     modules = {module_of(path) for path in targets}
@@ -152,7 +171,31 @@ def _biases(leaves: Mapping[str, Any], targets: set[str], mode: str) -> set[str]
     biases = {path for path, leaf in leaves.items() if is_bias(path, leaf) and meant(path)}
     if not biases:
         raise ValueError(f"wrap: bias={mode!r}, but the tree has no such bias: leaves are {_some(leaves)}")
-    return biases
+    return biases - {*targets}
+
+
+def lora_biases(leaves: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
+    """The bias beside each adapted kernel.
+
+    Raises:
+      ValueError: if a kernel has none.
+    """
+    biases = {module_of(path): path for path, leaf in leaves.items() if is_bias(path, leaf)}
+    if bare := sorted(path for path in kernels if module_of(path) not in biases):
+        raise ValueError(f"wrap: lora_bias=True needs a bias beside each target, but {_some(bare)} has none")
+    return {biases[module_of(path)]: kernel for path, kernel in kernels.items()}
+
+
+def _tables(pattern: str, leaves: Mapping[str, Any]) -> set[str]:
+    """The embedding tables that a pattern names."""
+    matched = _matched("train_tokens", [pattern], list(leaves))
+    tables = {path for path in matched if len(getattr(leaves[path], "shape", ())) == 2}
+    if not tables:
+        raise ValueError(
+            f"wrap: the pattern {_shown(pattern)} in train_tokens names {_some(sorted(matched))}, none of which is a "
+            "table of shape (tokens, features)"
+        )
+    return tables
 
 
 def _shown(value: Any) -> str:

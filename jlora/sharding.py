@@ -1,7 +1,8 @@
-"""Placement: factors lie where their base lies.
+"""Placement: what stands beside a base lies where the base lies.
 
-A takes the mesh axes of the base's in axes, B those of its out axes, both those of its batch axes; the rank is
-replicated. Nothing is gathered: each device makes its own part.
+An array takes the mesh axes of those of the base's axes that it has: A those of the in axes, B those of the out axes,
+both those of the batch axes; its own axes, such as the rank, are whole everywhere. Nothing is gathered: each device
+makes its own part.
 """
 
 from __future__ import annotations
@@ -13,31 +14,40 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret.compat import is_traced
-from jlora.spec import Axes
-
-Placement = tuple[Any, Any] | None
+from jlora.nodes import GROUPS, map_fields
 
 
-def of_factors(base: Any, axes: Axes) -> Placement:
-    """The shardings of ``(lora_a, lora_b)`` beside a placed base; None where the base says nothing."""
+def of_node(node: Any, base: Any) -> Any:
+    """The node with the sharding of each array beside a placed base; None where the base says nothing."""
     sharding = getattr(base, "sharding", None) if not is_traced(base) else jax.typeof(base).sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
     spec = (*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec)))
-    at = lambda which: [spec[axis] for axis in which]
-    place = lambda *parts: NamedSharding(sharding.mesh, PartitionSpec(*parts))
-    batch = at(axes.batch_axis)
-    return place(*batch, *at(axes.in_axis), None), place(*batch, None, *at(axes.out_axis))
+    place = lambda dims: NamedSharding(sharding.mesh, PartitionSpec(*_parts(node, dims, spec)))
+    return map_fields(lambda dims, x: None if x is None else place(dims), node)
 
 
-def place(make: Callable[[], Any], placement: Placement, base: Any) -> Any:
-    """Calls `make` so that its results come out placed; abstractly where the base is abstract."""
-    if isinstance(base, jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(make)
-        return tuple(
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-            for x, s in zip(shapes, placement or (None, None), strict=True)
-        )
-    if placement is None or is_traced(base):
-        return make()
-    return jax.jit(make, out_shardings=placement)()
+def _parts(node: Any, dims: str, spec: tuple[Any, ...]) -> list[Any]:
+    of = lambda word: [spec[axis] for axis in getattr(node.axes, f"{word}_axis")] if word in GROUPS else [None]
+    parts = [part for word in dims.split() for part in of(word)]
+    if dims.startswith("batch") and node.layers is not None:
+        parts[0] = None  # some of the layers: their number need not be a multiple of the mesh's
+    return parts
+
+
+def placed(make: Callable[..., Any], base: Any, key: jax.Array) -> Any:
+    """Calls ``make(base, key)``: the arrays of its node come out placed, and abstract where the base is."""
+    if not isinstance(base, jax.ShapeDtypeStruct) and (is_traced(base) or _is_unplaced(base)):
+        return make(base, key)
+    shapes = jax.eval_shape(make, base, key)
+    shardings = of_node(shapes, base)
+    if not isinstance(base, jax.ShapeDtypeStruct):
+        return jax.jit(make, out_shardings=shardings)(base, key)
+    if shardings is None:
+        return shapes
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _is_unplaced(base: Any) -> bool:
+    sharding = getattr(base, "sharding", None)
+    return not isinstance(sharding, NamedSharding) or sharding.mesh.empty

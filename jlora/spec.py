@@ -1,4 +1,4 @@
-"""What the user asks for: `LoraSpec`, and `Axes` of a kernel."""
+"""What the user asks for: `LoraSpec`."""
 
 from __future__ import annotations
 
@@ -14,38 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import init as inits
+from jlora.axes import Axes
+from jlora.nodes import AdaptedParam
 from jlora.paths import Pattern, matcher, text_of
+from jlora.settings import from_axolotl, from_llamafactory, from_peft
+from jlora.variants import VARIANTS
 
-VARIANTS = ("lora",)
 BIASES = ("none", "all", "lora_only")
-OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "dtype")
-
-
-@dataclasses.dataclass(frozen=True)
-class Axes:
-    """The axes of a kernel by their part in it, each a tuple of axis numbers.
-
-    Names follow `jax.nn.initializers.variance_scaling`.
-
-    Args:
-      in_axis: contracted with the activations (for an embedding table: looked up).
-      out_axis: produced.
-      batch_axis: stacked kernels, each with factors of its own: scanned layers, experts.
-
-    Example:
-      >>> Axes((0,), (1, 2))  # a query kernel (features, heads, head_dim)
-      Axes(in_axis=(0,), out_axis=(1, 2), batch_axis=())
-    """
-
-    in_axis: tuple[int, ...]
-    out_axis: tuple[int, ...]
-    batch_axis: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            value = (value,) if isinstance(value, int) else tuple(int(axis) for axis in value)
-            object.__setattr__(self, field.name, value)
+OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "variant", "options", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +38,19 @@ class LoraSpec:
       alpha: numerator of the scale.
       dropout: rate of the dropout on the low-rank path's input, on when `jlora.apply` is given `rng`.
       scaling: ``"alpha/r"``, ``"rslora"`` (alpha / sqrt(r)) or the scale itself as a number.
-      init: ``"kaiming"`` (PEFT's default), ``"gaussian"``, or a function
-        ``(key, in_shape, out_shape, rank, dtype) -> (lora_a, lora_b)`` for one kernel without batch axes.
-      variant: ``"lora"``.
+      init: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``; from the kernel itself ``"pissa"``,
+        ``"pissa_niter_N"`` (N rounds of subspace iteration in place of the exact decomposition), ``"milora"``,
+        ``"olora"``; or a function ``(key, in_shape, out_shape, rank, dtype) -> (lora_a, lora_b)`` for one kernel
+        without batch axes. `jlora.init.eva` and `jlora.init.lora_ga` take a wrapped tree and data.
+      variant: a name in `jlora.variants.VARIANTS` (``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"adalora"``,
+        ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``), or an `AdaptedParam` class.
+      options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.
+      layers: the layers to adapt, such as ``range(8, 16)``: by the number in a path, or on the stacked axis; None: all.
+      layers_name: of the list of layers, where a path has other numbers before the layer's.
       bias: which biases are trained too: ``"none"``, ``"all"`` or ``"lora_only"`` (those beside adapted kernels).
+      lora_bias: whether the update has a bias of its own: the layer's becomes ``bias + scale * lora_bias``.
       train: patterns of leaves and modules trained in full (PEFT's ``modules_to_save``).
+      train_tokens: rows of embedding tables to train, ``{pattern: indices}`` (PEFT's ``trainable_token_indices``).
       overrides: settings for the kernels that match a pattern, the first that matches:
         ``{"mlp/*": {"rank": 4, "alpha": 8}}`` (PEFT's ``rank_pattern`` and ``alpha_pattern``).
       axes: ``{pattern: Axes}`` for kernels whose axes neither `jlora.sites` nor Flax's conventions tell.
@@ -93,9 +77,14 @@ class LoraSpec:
     dropout: float = 0.0
     scaling: str | float = "alpha/r"
     init: str | Callable = "kaiming"
-    variant: str = "lora"
+    variant: str | type[AdaptedParam] = "lora"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layers: Sequence[int] | None = None
+    layers_name: str | None = None
     bias: str = "none"
+    lora_bias: bool = False
     train: tuple[Pattern, ...] = ()
+    train_tokens: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     axes: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     dtype: Any = None
@@ -108,12 +97,21 @@ class LoraSpec:
         put("exclude", _patterns("exclude", self.exclude))
         put("train", _patterns("train", self.train))
         put("axes", {pattern: _axes(pattern, value) for pattern, value in _mapping("axes", self.axes)})
+        put("layers", None if self.layers is None else _indices("layers", self.layers))
+        tokens = {p: _indices(f"train_tokens[{p!r}]", ids) for p, ids in _mapping("train_tokens", self.train_tokens)}
+        put("train_tokens", tokens)
+        put("options", dict(_mapping("options", self.options)))
         put("dtype", None if self.dtype is None else _float_dtype(self.dtype))
         _validate(self)
         put("overrides", {p: _override(self, p, value) for p, value in _mapping("overrides", self.overrides)})
 
     def __hash__(self) -> int:
         return hash((self.rank, self.alpha, self.dropout, self.scaling, self.bias, self.seed))
+
+    @property
+    def node(self) -> type[AdaptedParam]:
+        """The class of the variant."""
+        return VARIANTS[self.variant] if isinstance(self.variant, str) else self.variant
 
     @property
     def scale(self) -> float:
@@ -133,7 +131,7 @@ class LoraSpec:
         """The spec as plain data for JSON, YAML or TOML; settings that are None are left out.
 
         Raises:
-          TypeError: if `targets` or `init` is a function or a tree of booleans, which no file holds.
+          TypeError: if `targets`, `init` or `variant` is a function, a class or a tree, which no file holds.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: _plain(name, value) for name, value in fields.items() if value is not None}
@@ -147,6 +145,86 @@ class LoraSpec:
         """
         _known("LoraSpec", data, [f.name for f in dataclasses.fields(cls)])
         return cls(**data)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> LoraSpec:
+        """The spec of an ``adapter_config.json``, or of the settings of PEFT's ``LoraConfig``, with PEFT's defaults.
+
+        Names of modules are matched by PEFT's rules against the dotted path of the module that holds a leaf,
+        ``layers.0.q_proj`` for ``layers/0/q_proj/kernel``; a tree without such a level has ``target_parameters``. As in
+        PEFT, names in a list that match nothing are passed over as long as one matches, and so are ``rank_pattern`` and
+        ``alpha_pattern``. ``modules_to_save`` and a classifier's head (by ``task_type``) become `train`.
+
+        The methods LORA, ADALORA, LOHA, LOKR, IA3, OFT, BOFT and VERA are those of `jlora.variants`; AdaLoRA's schedule
+        belongs to `jlora.optim.adalora`. OFT's rotations are exact where PEFT's are a series, and BOFT's have no vector
+        of output scales beside them.
+
+        Args:
+          config: settings by PEFT's names, such as ``json.load`` returns. Those that tell nothing of the adapter
+            (``base_model_name_or_path``, ``inference_mode``, ...) and unknown ones that are None are ignored.
+
+        Raises:
+          ValueError: if a setting is unknown or can't be honoured; the message says which, why, and what to do.
+
+        Example:
+          >>> spec = LoraSpec.from_peft({"r": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": True})
+          >>> spec.rank, spec.alpha, spec.scaling
+          (16, 8, 'rslora')
+
+        References:
+          https://huggingface.co/docs/peft/package_reference/lora
+        """
+        return _spec_of(cls, "from_peft", from_peft(config))
+
+    @classmethod
+    def from_axolotl(cls, config: Mapping[str, Any]) -> LoraSpec:
+        """The spec of the adapter in an Axolotl configuration, matched as `from_peft` does.
+
+        Args:
+          config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
+            are ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``, and ``load_in_4bit``: the base
+            of a ``qlora`` is quantised on its own, before `jlora.wrap`.
+
+        Raises:
+          ValueError: if a setting of the adapter is unknown or can't be honoured.
+
+        Example:
+          >>> config = {"adapter": "qlora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True, "bf16": True}
+          >>> LoraSpec.from_axolotl(config) == LoraSpec(targets="all-linear", rank=32, alpha=64)
+          True
+
+        References:
+          https://docs.axolotl.ai/docs/config-reference.html
+        """
+        return _spec_of(cls, "from_axolotl", from_axolotl(config))
+
+    @classmethod
+    def from_llamafactory(cls, config: Mapping[str, Any]) -> LoraSpec:
+        """The spec of the adapter in a LLaMA-Factory configuration, matched as `from_peft` does.
+
+        Args:
+          config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
+            is ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``.
+
+        Raises:
+          ValueError: if a setting of the adapter is unknown or can't be honoured.
+
+        Example:
+          >>> spec = LoraSpec.from_llamafactory({"finetuning_type": "lora", "lora_rank": 16, "pissa_init": True})
+          >>> spec.targets, spec.alpha, spec.init
+          ('all-linear', 32, 'pissa_niter_16')
+
+        References:
+          https://llamafactory.readthedocs.io/en/latest/
+        """
+        return _spec_of(cls, "from_llamafactory", from_llamafactory(config))
+
+
+def _spec_of(cls: type[LoraSpec], name: str, fields: Mapping[str, Any]) -> LoraSpec:
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise ValueError(f"LoraSpec.{name}: {str(error).removeprefix('LoraSpec: ')}") from None
 
 
 def _target_tuple(targets: Any) -> Any:
@@ -217,11 +295,38 @@ def _validate(spec: LoraSpec) -> None:
     _expect(_is_number(spec.dropout) and 0 <= spec.dropout < 1, "dropout", "a rate in [0, 1)", spec.dropout)
     is_scale = spec.scaling in ("alpha/r", "rslora") if isinstance(spec.scaling, str) else _is_number(spec.scaling)
     _expect(is_scale, "scaling", '"alpha/r", "rslora" or a finite number', spec.scaling)
-    is_init = callable(spec.init) or (isinstance(spec.init, str) and spec.init in inits.INITS)
-    _expect(is_init, "init", f"one of {tuple(inits.INITS)}", spec.init)
-    _expect(spec.variant in VARIANTS, "variant", f"one of {VARIANTS}", spec.variant)
+    is_init = (
+        callable(spec.init) or inits.spectral(spec.init) or (isinstance(spec.init, str) and spec.init in inits.RANDOM)
+    )
+    names = (*inits.RANDOM, *inits.SPECTRAL, "pissa_niter_N")
+    _expect(bool(is_init), "init", f"one of {names} or a function", spec.init)
+    is_class = isinstance(spec.variant, type) and issubclass(spec.variant, AdaptedParam)
+    is_variant = is_class or (isinstance(spec.variant, str) and spec.variant in VARIANTS)
+    _expect(is_variant, "variant", f"one of {tuple(VARIANTS)}, or a subclass of jlora.AdaptedParam", spec.variant)
+    _known(f"variant {spec.node.__name__}: options", spec.options, list(spec.node.OPTIONS))
+    _check_settings(spec)
+    _expect(isinstance(spec.lora_bias, bool), "lora_bias", "True or False", spec.lora_bias)
+    is_name = spec.layers_name is None or (isinstance(spec.layers_name, str) and spec.layers_name != "")
+    _expect(is_name, "layers_name", "the name of the list of layers, or None", spec.layers_name)
     _expect(spec.bias in BIASES, "bias", f"one of {BIASES}", spec.bias)
     _expect(type(spec.seed) is int, "seed", "an integer", spec.seed)
+
+
+def _check_settings(spec: LoraSpec) -> None:
+    """Refuses a setting that means nothing to the variant."""
+    for field in dataclasses.fields(spec):
+        given = getattr(spec, field.name)
+        if field.name in ("init", "dropout") and field.name not in spec.node.SETTINGS and given != field.default:
+            raise ValueError(f"LoraSpec: {field.name}={given!r} means nothing to {spec.node.__name__}; leave it out")
+
+
+def _indices(name: str, value: Any) -> tuple[int, ...]:
+    is_many = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
+    expected = "a sequence of different indices of at least 0"
+    _expect(is_many and len(value) > 0, name, expected, value)
+    indices = tuple(int(n) for n in value if isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0)
+    _expect(len(indices) == len(value) == len({*indices}), name, expected, value)
+    return indices
 
 
 def _is_number(value: Any) -> bool:
@@ -246,6 +351,8 @@ def _plain(name: str, value: Any) -> Any:
         return text_of(value)
     if isinstance(value, Axes):
         return {k: list(v) for k, v in dataclasses.asdict(value).items()}
+    if isinstance(value, bool) and name != "targets":
+        return value
     if isinstance(value, Mapping) and name != "targets":
         return {k: _plain(name, v) for k, v in value.items()}
     if isinstance(value, tuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,18 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import init as inits
 from jlora import sharding
 from jlora.conventions import kernel_axes
 from jlora.interpret.sites import Site
-from jlora.nodes import LoraParam, TrainableParam, is_node
+from jlora.kernel import Kernel
+from jlora.layers import chosen_paths, chosen_slices
+from jlora.nodes import AdaptedParam, TrainableParam, is_node
 from jlora.paths import flatten
-from jlora.select import select, sites_of
-from jlora.spec import Axes, LoraSpec
+from jlora.select import biases_of, lora_biases, select, sites_of
+from jlora.spec import LoraSpec
+from jlora.variants.bias import LoraBiasParam
+from jlora.variants.tokens import TokensParam
 
 
 def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Mapping[str, Site] | None = None) -> Any:
-    """Puts low-rank factors next to each kernel that `spec` targets.
+    """Puts low-rank factors, or what else the variant has, next to each kernel that `spec` targets.
 
     Pure: it runs under `jax.jit` and `jax.eval_shape`, and on `jax.ShapeDtypeStruct`s, which gives the plan of the
     tree without a byte of it. Each leaf's key comes from its path, so that adding a layer changes no other leaf.
@@ -34,12 +36,13 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
       sites: what `jlora.sites` found: how each leaf is used, with its axes. Without it Flax's conventions decide.
 
     Returns:
-      The tree with a `LoraParam` for each targeted kernel and a `TrainableParam` for each leaf trained in full. For a
-      kernel with axes (batch..., in..., out...) lora_a is (batch..., in..., rank) and lora_b (batch..., rank, out...).
+      The tree with a `LoraParam`, or the variant's own class, for each targeted kernel and a `TrainableParam` for each
+      leaf trained in full. For a kernel with axes (batch..., in..., out...) lora_a is (batch..., in..., rank) and
+      lora_b (batch..., rank, out...).
 
     Raises:
-      ValueError: if a pattern matches nothing, a kernel's axes are ambiguous, its type is no floating one, or the rank
-        is larger than the kernel.
+      ValueError: if a pattern matches nothing, a kernel's axes are ambiguous, its type is no floating one, the rank is
+        larger than the kernel, or the variant does not have such a use of a kernel.
       TypeError: if the tree is wrapped already.
 
     Example:
@@ -63,68 +66,71 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
             )
     found = sites_of(sites, paths)
     by_path = dict(zip(paths, leaves, strict=True))
-    targets, full = select(params, by_path, spec, found)
+    chosen = select(params, by_path, spec, found)
+    kernels = {path: _kernel(path, by_path, spec, found) for path in sorted(chosen.targets)}
+    kept = chosen_paths(kernels, spec.layers, spec.layers_name, {p for p, k in kernels.items() if k.axes.batch_axis})
+    kernels = {path: _of_layers(kernels[path]) for path in kept}
+    biases = lora_biases(by_path, kernels) if spec.lora_bias else {}
+    full = chosen.full | (biases_of(by_path, kernels, spec.bias) - {*biases})
     key = jax.random.key(spec.seed) if key is None else key
 
     def node(path: str, leaf: Any) -> Any:
-        if path in targets:
-            axes, kind = kernel_axes(path, by_path, spec, found)
-            return _lora(path, leaf, spec.at(path), axes, kind, key)
+        if path in kernels:
+            return adapt(leaf, kernels[path], jax.random.fold_in(key, zlib.crc32(path.encode())))
+        if path in biases:
+            return LoraBiasParam.create(leaf, biases[path])
+        if path in chosen.tokens:
+            return TokensParam.of(path, leaf, chosen.tokens[path])
         return TrainableParam(leaf) if path in full else leaf
 
     return treedef.unflatten([node(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
-def _lora(path: str, base: Any, spec: LoraSpec, axes: Axes, kind: str, key: jax.Array) -> LoraParam:
-    _check(path, base, spec, axes)
-    shape = lambda which: tuple(base.shape[axis] for axis in which)
-    init = spec.init if callable(spec.init) else inits.embedding if kind == "embedding" else inits.INITS[spec.init]
-    make = functools.partial(
-        _factors, init, shape(axes.batch_axis), shape(axes.in_axis), shape(axes.out_axis), spec.rank,
-        spec.dtype or jnp.float32,
-    )  # fmt: skip
-    placement = sharding.of_factors(base, axes)
-    seed = zlib.crc32(path.encode())
-    lora_a, lora_b = sharding.place(lambda: make(jax.random.fold_in(key, seed)), placement, base)
-    return LoraParam(base, lora_a, lora_b, axes=axes, scale=spec.scale, dropout=float(spec.dropout))
+def adapt(base: Any, kernel: Kernel, key: jax.Array) -> AdaptedParam:
+    """The node of one kernel, its arrays placed as the base is."""
+    with_base: Any = dataclasses.replace
+    make = lambda base, key: with_base(kernel.spec.node.create(base, kernel, key), base=None)
+    return with_base(sharding.placed(make, base, key), base=base)
 
 
-def _factors(init: Any, batch: Any, ins: Any, outs: Any, rank: int, dtype: Any, key: jax.Array) -> Any:
-    """One pair of factors for each place of the batch axes."""
-
-    def make(key: Any) -> Any:
-        lora_a, lora_b = init(key, ins, outs, rank, dtype)
-        if lora_a.shape != (*ins, rank) or lora_b.shape != (rank, *outs):
-            raise ValueError(
-                f"wrap: init must return factors of shapes {(*ins, rank)} and {(rank, *outs)}, "
-                f"found {lora_a.shape} and {lora_b.shape}"
-            )
-        return lora_a, lora_b
-
-    if not batch:
-        return make(key)
-    lora_a, lora_b = jax.vmap(make)(jax.random.split(key, math.prod(batch)))
-    return lora_a.reshape(*batch, *lora_a.shape[1:]), lora_b.reshape(*batch, *lora_b.shape[1:])
+def _kernel(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Mapping[str, Site] | None) -> Kernel:
+    axes, kind = kernel_axes(path, leaves, spec, sites)
+    kernel = Kernel(path, tuple(leaves[path].shape), axes, kind, spec.at(path))
+    _check(kernel, leaves[path].dtype)
+    return kernel
 
 
-def _check(path: str, base: Any, spec: LoraSpec, axes: Axes) -> None:
-    if not jnp.issubdtype(base.dtype, jnp.floating):
+def _of_layers(kernel: Kernel) -> Kernel:
+    spec, batch = kernel.spec, kernel.axes.batch_axis
+    layers = chosen_slices(kernel.path, spec.layers, spec.layers_name, kernel.shape[batch[0]]) if batch else None
+    return dataclasses.replace(kernel, layers=layers)
+
+
+def _check(kernel: Kernel, dtype: Any) -> None:
+    path, shape, axes, spec = kernel.path, kernel.shape, kernel.axes, kernel.spec
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"wrap: {path} has dtype {jnp.dtype(base.dtype).name}; factors need a floating-point kernel. Exclude it, "
+            f"wrap: {path} has dtype {jnp.dtype(dtype).name}; factors need a floating-point kernel. Exclude it, "
             "or cast it first"
         )
     every = (*axes.batch_axis, *axes.in_axis, *axes.out_axis)
-    if sorted(every) != list(range(len(base.shape))) or not axes.in_axis or not axes.out_axis:
+    if sorted(every) != list(range(len(shape))) or not axes.in_axis or not axes.out_axis:
         raise ValueError(
-            f"wrap: {axes} does not fit {path} of shape {tuple(base.shape)}: each of its {len(base.shape)} axes must "
+            f"wrap: {axes} does not fit {path} of shape {shape}: each of its {len(shape)} axes must "
             "stand in one group, and in_axis and out_axis need at least one each"
         )
-    sizes = [math.prod(base.shape[axis] for axis in group) for group in (axes.in_axis, axes.out_axis)]
-    if 0 in sizes:
-        raise ValueError(f"wrap: the kernel {path} of shape {tuple(base.shape)} has no elements; exclude it")
-    if spec.rank > min(sizes):
+    if kernel.kind not in spec.node.KINDS:
         raise ValueError(
-            f"wrap: rank {spec.rank} is larger than {path} of shape {tuple(base.shape)} allows: it maps {sizes[0]} to "
+            f"wrap: {spec.node.__name__} adapts no {kernel.kind}, but {path} of shape {shape} is one (it adapts "
+            f"{', '.join(spec.node.KINDS)}). Exclude it, or give it another variant with overrides={{{path!r}: "
+            "{'variant': 'lora'}}"
+        )
+    sizes = [kernel.size("in"), kernel.size("out")]
+    if 0 in sizes:
+        raise ValueError(f"wrap: the kernel {path} of shape {shape} has no elements; exclude it")
+    if "init" in spec.node.SETTINGS and spec.rank > min(sizes):
+        raise ValueError(
+            f"wrap: rank {spec.rank} is larger than {path} of shape {shape} allows: it maps {sizes[0]} to "
             f"{sizes[1]}, so its rank is at most {min(sizes)}. Lower it with overrides={{{path!r}: {{'rank': "
             f"{min(sizes)}}}}}, exclude it, or train it in full with train=({path!r},)"
         )

@@ -1,18 +1,22 @@
 """The public names, no more and no less."""
 
+import inspect
 import pathlib
 
 import jlora
 
 NAMES = """
 AdaptedParam Axes DenseFallbackError DenseFallbackWarning LoraParam LoraSpec MergePrecisionWarning TrainableParam apply
-combine explain grad labels merge optimizer partition sites summary unwrap value_and_grad wrap
+combine explain fold_and_restart grad labels merge optimizer partition sites summary to_plain_lora unwrap
+value_and_grad wrap
 """.split()
+NAMESPACES = ["init", "optim", "variants"]
 
 
 def test_public_names():
-    assert sorted(jlora.__all__) == sorted(NAMES)
+    assert sorted(jlora.__all__) == sorted([*NAMES, *NAMESPACES])
     assert all(callable(getattr(jlora, name)) for name in NAMES)
+    assert all(inspect.ismodule(getattr(jlora, name)) for name in NAMESPACES)
 
 
 def test_no_private_jax():

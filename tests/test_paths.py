@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.paths import MAX_PATTERN, flatten, is_regex, matcher, module_of, nearest
+from jlora.paths import MAX_PATTERN, flatten, is_of_modules, is_regex, matcher, module_of, nearest
 
 QUERY = "encoder/layer_0/query/kernel"
 PATHS = [QUERY, "encoder/layer_0/key/kernel", "encoder/layer_1/query/kernel", "decoder/mlp/up/kernel", "lm_head/kernel"]
@@ -143,6 +143,43 @@ def test_an_invalid_regex_is_shown(text):
 def test_the_length_of_a_pattern_is_bounded(pattern):
     with pytest.raises(ValueError, match=f"between 1 and {MAX_PATTERN} characters"):
         matcher(pattern)
+
+
+# -------------------------------------------------------------------------------- names of modules
+
+
+def test_a_modules_pattern_matches_the_whole_dotted_name_of_a_leafs_module():
+    assert matcher(r"module:.*layer_\d\.query")(QUERY) == "module"
+    assert matcher("module:query")(QUERY) is None
+    assert matcher("module:encoder.layer_0.query.kernel")(QUERY) is None
+
+
+def test_a_modules_pattern_does_not_reach_into_modules_within():
+    assert matcher(r"module:encoder\.layer_0")(QUERY) is None
+    assert matcher(r"module:encoder\.layer_0")("encoder/layer_0/bias") == "module"
+
+
+def test_a_leaf_outside_of_modules_has_no_modules_name():
+    assert matcher("module:.*")("kernel") is None
+
+
+def test_a_modules_pattern_is_a_regex_of_its_own_mark():
+    assert is_regex("module:query") and is_of_modules("module:query")
+    assert not is_of_modules("re:module:query") and not is_of_modules(re.compile("module:query"))
+
+
+def test_an_invalid_modules_pattern_is_shown_without_its_mark():
+    with pytest.raises(ValueError, match=re.escape("'(' is no valid regular expression")):
+        matcher("module:(")
+
+
+def test_an_exponential_modules_pattern_is_given_up():
+    with in_bounded_time(), pytest.raises(ValueError, match="simplify it"):
+        matcher("module:(a|aa)+b")("a" * 200 + "/kernel")
+
+
+def test_the_nearest_name_of_a_modules_pattern():
+    assert module_of(QUERY) in nearest("module:qurey", PATHS)
 
 
 # -------------------------------------------------------------------------------- hostile patterns

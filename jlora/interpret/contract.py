@@ -6,6 +6,7 @@ end in `low_rank`, the one place that decides how the path is computed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,30 +15,93 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret import compat
-from jlora.interpret.factored import Factored, Labels, Tracked, cast, contract, product, scaled, swapped, whole
+from jlora.interpret.factored import Factored, Tracked, product, scaled_by, turned, whole
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.products import Labels, cast, contract, scaled, swapped
 
 
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
-    """x . W with W on either side, any contracted and batch axes: x . W + s (x . a) . b."""
+    """x . W with W on either side, any contracted and batch axes: x . W + s (x . a) . b.
+
+    An output scale or an input transform acts on x or on the result, wherever its axes are.
+    """
     if isinstance(lhs, Tracked) and isinstance(rhs, Tracked):
         lhs = interpreter.densify(lhs, eqn, "both operands of the product are adapted: this one is computed densely")
-    bases = [value.base if isinstance(value, Tracked) else value for value in (lhs, rhs)]
-    y = compat.bind(eqn, bases)
-    ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *(jnp.ndim(base) for base in bases))
-    precision, preferred = eqn.params["precision"], eqn.params["preferred_element_type"]
-    weight: Any = lhs if isinstance(lhs, Factored) else rhs
-    if weight is lhs:
-        z = low_rank(rhs, rs, weight, ls, out, swapped(precision), preferred)
-    else:
-        z = low_rank(lhs, ls, weight, rs, out, precision, preferred)
+    is_left = isinstance(lhs, Factored)
+    weight: Any = lhs if is_left else rhs
+    shapes = [jnp.ndim(value.base if isinstance(value, Tracked) else value) for value in (lhs, rhs)]
+    ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *shapes)
+    x, xs, ws = (rhs, rs, ls) if is_left else (lhs, ls, rs)
+    ends = Ends.of(weight, ws, xs, out)
+    if ends is None:
+        return DECLINED
+    x = ends.before(x)
+    y = compat.bind(eqn, [weight.base, x] if is_left else [x, weight.base])
     interpreter.factored(weight, eqn, "dot")
-    z = cast(z, y.dtype)
+    if weight.pair:
+        precision = eqn.params["precision"]
+        settings = {"precision": swapped(precision) if is_left else precision}
+        z = low_rank(x, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
+        y = _added(y, cast(z, y.dtype))
+    return ends.after(y)
+
+
+def _added(y: Any, z: Any) -> Any:
     if y.shape != z.shape:
         return y + z
     if (sharding := jax.typeof(y).sharding).mesh.explicit_axes and jax.typeof(z).sharding != sharding:
         z = jax.sharding.reshard(z, sharding)
     return lax.add(y, z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """What of a weight acts at the ends of a product: an output scale and an input transform, on x or on the result."""
+
+    weight: Factored
+    ws: Labels
+    xs: Labels
+    out: Labels
+    gain_on_x: bool
+    turn_on_x: bool
+
+    @classmethod
+    def of(cls, weight: Factored, ws: Labels, xs: Labels, out: Labels) -> Ends | None:
+        """None if one of them can act at neither end."""
+        names = lambda factor: {ws[axis] for axis in weight.owned(factor)}
+        gain = names(weight.gain) if weight.gain is not None else set()
+        turn = set().union(*(names(rows) for rows, _ in weight.turns))
+        at = None if weight.turned_axis is None else ws[weight.turned_axis]
+        turn_on_x = at in xs and at not in out and turn <= {*xs}
+        turn_on_y = at in out and at not in xs and turn <= {*out}
+        if not (gain <= {*xs} or gain <= {*out}) or (turn and not (turn_on_x or turn_on_y)):
+            return None
+        return cls(weight, ws, xs, out, not gain <= {*out}, turn_on_x)
+
+    def before(self, x: Any) -> Any:
+        if self.turn_on_x:
+            for rows, stride in self.weight.turns:
+                x = self._turned(x, self.xs, rows, stride)
+        return self._scaled(x, self.xs) if self.gain_on_x else x
+
+    def after(self, y: Any) -> Any:
+        y = y if self.gain_on_x else self._scaled(y, self.out)
+        if not self.turn_on_x:
+            for rows, stride in reversed(self.weight.turns):
+                y = self._turned(y, self.out, rows, stride, transpose=True)
+        return y
+
+    def _scaled(self, x: Any, xs: Labels) -> Any:
+        gain = self.weight.gain
+        if gain is None:
+            return x
+        labels = tuple(self.ws[axis] for axis in self.weight.owned(gain))
+        return scaled_by(x, xs, whole(self.weight, gain)[..., 0], labels)
+
+    def _turned(self, x: Any, xs: Labels, rows: Any, stride: int, transpose: bool = False) -> Any:
+        labels = tuple(self.ws[axis] for axis in self.weight.owned(rows))
+        at = self.ws[self.weight.turned_axis or 0]
+        return turned(x, xs, whole(self.weight, rows), labels, at, stride, transpose=transpose)
 
 
 def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labels, Labels]:
@@ -60,14 +124,15 @@ def low_rank(x: Any, xs: Labels, weight: Factored, ws: Labels, out: Labels, prec
     """
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else weight.base.dtype
     over = {label for label in ws if label not in out}
-    first, second = sorted(weight.factors, key=lambda f: -_extent(weight, f, ws, over))
+    pair: Any = weight.pair
+    first, second = sorted(pair, key=lambda f: -_extent(weight, f, ws, over))
     ones, twos = (tuple(ws[axis] for axis in weight.owned(f)) for f in (first, second))
     x = dropped(cast(x, dtype), weight)
     middle = tuple(label for label in (*xs, *ones) if label in twos or label in out)
     middle = (*dict.fromkeys(middle), "rank")
     h = contract(x, xs, cast(whole(weight, first), dtype), (*ones, "rank"), middle, precision=precision,
                  preferred=preferred)  # fmt: skip
-    h = cast(scaled(h, weight.scale), dtype)
+    h = cast(scaled(tapped(h, weight), weight.scale), dtype)
     made = tuple(label for label in out if label in middle or label in twos)
     z = contract(h, middle, cast(whole(weight, second), dtype), (*twos, "rank"), made, precision=precision,
                  preferred=preferred)  # fmt: skip
@@ -89,6 +154,10 @@ def dropped(x: Any, weight: Factored) -> Any:
     return jnp.where(keep, x / (1 - weight.dropout), jnp.zeros_like(x))
 
 
+def tapped(h: Any, weight: Factored) -> Any:
+    return h if weight.tap is None else weight.tap(h)
+
+
 def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
     """Rows looked up: W[i] + s a[i] . b. An index into a batch or an out axis picks among whole weights."""
     if not isinstance(weight, Factored) or isinstance(indices, Tracked):
@@ -97,16 +166,23 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     looked_up, stacked = set(numbers.start_index_map), set(numbers.operand_batching_dims)
     owned = [set(weight.owned(factor)) for factor in weight.factors]
     touched = [looked_up <= mine and stacked <= mine for mine in owned]
-    if any(looked_up & mine and not touch for mine, touch in zip(owned, touched, strict=True)) or not any(touched):
+    if any(looked_up & mine and not touch for mine, touch in zip(owned, touched, strict=True)) or weight.turns:
         return DECLINED
     rows = compat.bind(eqn, [weight.base, indices])
     take = lambda factor, touch: (_taken if touch else _spread)(eqn.params, weight, factor, indices, rows.ndim)
     picked = weight.replace(base=rows, factors=tuple(map(take, weight.factors, touched)))
-    if not touched[0] or all(touched):
+    # A gain alone scales whole rows, or columns; one that has both is that of the weights among which this chooses.
+    is_lookup = touched[0] and not touched[1] if weight.pair else not touched[0] or owned[0] <= looked_up
+    if not is_lookup:
         return picked
     interpreter.factored(weight, eqn, "embedding")
-    a, b = (factor.astype(rows.dtype) for factor in picked.factors)
-    return rows + product(picked, a * weight.scale, b).astype(rows.dtype)
+    if pair := picked.pair:
+        a, b = (factor.astype(rows.dtype) for factor in pair)
+        rows = rows + product(picked, a * weight.scale, b).astype(rows.dtype)
+    labels = tuple(range(rows.ndim))
+    if weight.gain is None:
+        return rows
+    return scaled_by(rows, labels, whole(picked, picked.gain)[..., 0], picked.owned(picked.gain))
 
 
 def _taken(params: dict[str, Any], weight: Factored, factor: Any, indices: Any, ndim: int) -> Any:
@@ -141,23 +217,38 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
     if isinstance(x, Tracked) or not isinstance(weight, Factored):
         return DECLINED
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    a, b = weight.factors
-    features = numbers.rhs_spec[0]
-    others = {axis for axis, n in enumerate(weight.base.shape) if n != 1} - {features}
+    features, channels = numbers.rhs_spec[:2]
+    places = {features: numbers.out_spec[1], channels: numbers.lhs_spec[1]}  # of the kernel's axes in y and x
+    ws = tuple(("out" if axis == features else "in" if axis == channels else axis) for axis in range(weight.ndim))
+    xs, out = (tuple(name if i == place else ("n", i) for i in range(x.ndim))
+               for name, place in (("in", places[channels]), ("out", places[features])))  # fmt: skip
     is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
-    if not is_plain or set(weight.owned(a)) != others or set(weight.owned(b)) - {features}:
+    ends = Ends.of(weight, ws, xs, out)
+    if not is_plain or ends is None or not (weight.pair is None or _is_conv_pair(weight, features)):
         return DECLINED
+    x = ends.before(x)
     y = compat.bind(eqn, [x, weight.base])
     interpreter.factored(weight, eqn, "conv")
+    if weight.pair:
+        y = y + _conv_low_rank(eqn, x, weight, features, places[features]).astype(y.dtype)
+    return ends.after(y)
+
+
+def _is_conv_pair(weight: Factored, features: int) -> bool:
+    a, b = weight.pair  # type: ignore[misc]
+    others = {axis for axis, n in enumerate(weight.base.shape) if n != 1} - {features}
+    return set(weight.owned(a)) == others and set(weight.owned(b)) <= {features}
+
+
+def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int) -> Any:
+    a, b = weight.pair  # type: ignore[misc]
     h = compat.bind(eqn, [dropped(x, weight), _rank_at(a, features).astype(x.dtype)])
-    h = cast(scaled(h, weight.scale), x.dtype)
-    axis = numbers.out_spec[1]
+    h = cast(scaled(tapped(h, weight), weight.scale), x.dtype)
     b = b.reshape(-1, b.shape[-1]).astype(x.dtype)
     labels = tuple(range(h.ndim))
     out = tuple("out" if label == axis else label for label in labels)
-    z = contract(h, labels, b, ("out", axis), out, precision=params["precision"],
-                 preferred=params["preferred_element_type"])  # fmt: skip
-    return y + z.astype(y.dtype)
+    return contract(h, labels, b, ("out", axis), out, precision=eqn.params["precision"],
+                    preferred=eqn.params["preferred_element_type"])  # fmt: skip
 
 
 def _rank_at(factor: Any, axis: int) -> Any:
@@ -172,18 +263,42 @@ def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_si
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_over, over), (batch, _) = numbers.dot_dimension_numbers
     groups = numbers.rhs_group_dimensions
-    out = [axis for axis in range(weight.ndim) if axis not in (*over, *groups)]
-    a, b = weight.factors
-    owned_by_both = set(weight.owned(a)) & set(weight.owned(b))
-    is_plain = not batch and len(groups) == len(over) == 1 and tuple(x_over) == (1,)
-    if not is_plain or owned_by_both != set(groups) or out[0] in weight.owned(a):
+    is_plain = not batch and len(groups) == len(over) == 1 and tuple(x_over) == (1,) and not weight.turns
+    (out,) = {0, 1, 2} - {*over, *groups} if is_plain else (0,)
+    own = [{*weight.owned(factor)} - {*groups} for factor in weight.factors]
+    fits = own[:2] == [{*over}, {out}] if weight.pair else True
+    if not is_plain or not fits or (weight.gain is not None and len(own[-1]) > 1):
         return DECLINED
+    by_group = lambda rows, factor, axis: _ragged(eqn, rows, factor, axis, groups[0], group_sizes)
+    if weight.gain is not None and own[-1] == {*over}:
+        x = _scaled_rows(x, weight, groups[0], group_sizes)
     y = compat.bind(eqn, [x, weight.base, group_sizes])
     interpreter.factored(weight, eqn, "ragged_dot")
-    a, b = _rank_at(a, out[0]), _rank_at(b, over[0])
-    h = compat.bind(eqn, [dropped(x, weight), a.astype(x.dtype), group_sizes])
-    h = cast(scaled(h, weight.scale), x.dtype)
-    return y + compat.bind(eqn, [h, b.astype(x.dtype), group_sizes]).astype(y.dtype)
+    if pair := weight.pair:
+        h = tapped(by_group(dropped(x, weight), pair[0], out), weight)
+        h = cast(scaled(h, weight.scale), x.dtype)
+        y = y + by_group(h, pair[1], over[0]).astype(y.dtype)
+    return y if weight.gain is None or own[-1] == {*over} else _scaled_rows(y, weight, groups[0], group_sizes)
+
+
+def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes: Any) -> Any:
+    """A product of rows with a factor whose rank takes the place of `axis`; all groups may share it."""
+    factor = cast(_rank_at(factor, axis), rows.dtype)
+    if factor.shape[group] == group_sizes.shape[0]:
+        return compat.bind(eqn, [rows, factor, group_sizes])
+    order = [group, *eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]]
+    matrix = lax.transpose(factor, [*order, *({0, 1, 2} - {*order})])[0]
+    return lax.dot(rows, matrix, precision=eqn.params["precision"],
+                   preferred_element_type=eqn.params["preferred_element_type"])  # fmt: skip
+
+
+def _scaled_rows(x: Any, weight: Factored, group: int, group_sizes: Any) -> Any:
+    """Each row times the gain of its expert."""
+    gain = jnp.moveaxis(weight.gain, group, 0)
+    gain = gain.reshape(gain.shape[0], -1)
+    if gain.shape[0] > 1:
+        gain = jnp.repeat(gain, group_sizes, axis=0, total_repeat_length=x.shape[0])
+    return scaled_by(x, (0, 1), jnp.broadcast_to(gain, x.shape), (0, 1))
 
 
 CONTRACTIONS = {

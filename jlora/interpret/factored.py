@@ -1,25 +1,23 @@
-"""The value between variants and primitives: a weight that is known as a base and factors."""
+"""The value between variants and primitives: a weight that is known as a base and what adapts it."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-Labels = tuple[Hashable, ...]
+from jlora.interpret.products import Labels, cast, contract, reshaped, transposed, wide
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracked:
     """A weight, seen through views, with small arrays that follow it.
 
-    Each factor has the axes of `base` and one more, the rank, behind them. On each axis of the base a factor either has
+    Each factor has the axes of `base` and one more behind them, the rank. On each axis of the base a factor either has
     the axis whole (it *owns* it) or has size 1. So every view of the base is the same view of the factors.
     """
 
@@ -45,32 +43,98 @@ class Tracked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored(Tracked):
-    """Stands for ``base + scale * sum_r a * b``, the product broadcast over the axes and summed over the rank.
+    """Stands for ``R (g * (base + scale * sum_r a * b))``: low-rank factors, an output scale, an input transform.
+
+    `jlora.interpret.factored.low_rank`, `gained` and `turned_by` make one; each factor has a role:
+
+    * ``"a"``, ``"b"``: of shape (axes or 1..., r), multiplied with each other and summed over the rank. An axis that a
+      owns alone is an in axis, one that b owns alone an out axis, one that both own a batch axis.
+    * ``"gain"``: g, of shape (axes or 1..., 1).
+    * ``"turn"``: a block-diagonal R on one axis of n elements, of shape (axes or 1..., size of a block): row i of R
+      within its block. R is the product of all of them.
+    * ``"mark"``: owns the axis that is turned.
 
     Args:
       base: the weight, of shape (axes...).
-      factors: a and b, each of shape (axes or 1..., r). An axis that a owns alone is an in axis, one that b owns alone
-        an out axis, one that both own a batch axis.
+      factors: as above, in the order of `roles`.
       key: the PRNG key of the dropout on the low-rank path, or None where it is off.
       name: path of the leaf that it came from.
       scale, dropout: s, and the dropout's rate.
+      roles: of the factors.
+      strides: for each turn, the distance between the elements of one block.
+      tap: a function that the product with a passes through on its way to b, or None.
     """
 
     key: Any = None
     name: str = dataclasses.field(default="", metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    roles: tuple[str, ...] = dataclasses.field(default=("a", "b"), metadata={"static": True})
+    strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def pair(self) -> tuple[Any, Any] | None:
+        """The low-rank factors (a, b), if it has them."""
+        return self.factors[:2] if self.roles[:2] == ("a", "b") else None
+
+    @property
+    def gain(self) -> Any:
+        return next((f for f, role in zip(self.factors, self.roles, strict=True) if role == "gain"), None)
+
+    @property
+    def turns(self) -> list[tuple[Any, int]]:
+        """The input transforms, each with its stride."""
+        rows = [f for f, role in zip(self.factors, self.roles, strict=True) if role == "turn"]
+        return list(zip(rows, self.strides, strict=True))
+
+    @property
+    def turned_axis(self) -> int | None:
+        """The axis that is turned; None if there is none, or a view has taken it apart."""
+        marks = [f for f, role in zip(self.factors, self.roles, strict=True) if role == "mark"]
+        axes = self.owned(marks[0]) if marks else ()
+        return axes[0] if len(axes) == 1 else None
+
     def dense(self, dtype: Any = None) -> jax.Array:
-        """The weight itself: added in float32 (or wider), rounded once, to `dtype` or to the base's."""
-        wide = jnp.float32 if jnp.finfo(self.base.dtype).bits < 32 else self.base.dtype
-        a, b = (factor.astype(wide) for factor in self.factors)
-        delta = product(self, a, b, precision=lax.Precision.HIGHEST) * self.scale
-        return (self.base.astype(wide) + delta).astype(dtype or self.base.dtype)
+        """The weight itself: computed in float32 (or wider), rounded once, to `dtype` or to the base's."""
+        dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)
+        weight = self.base.astype(sums)
+        if self.pair:
+            a, b = (factor.astype(sums) for factor in self.pair)
+            weight = weight + product(self, a, b, precision=lax.Precision.HIGHEST) * self.scale
+        if self.gain is not None:
+            weight = weight * lax.squeeze(self.gain.astype(sums), [self.ndim])
+        labels = tuple(range(self.ndim))
+        for rows, stride in reversed(self.turns):
+            of_rows, at = self.owned(rows), self.turned_axis
+            weight = turned(weight, labels, whole(self, rows.astype(sums)), of_rows, at, stride, transpose=True)
+        return weight.astype(dtype)
+
+
+def low_rank(base: Any, a: Any, b: Any, **settings: Any) -> Factored:
+    """``base + scale * a b``."""
+    return Factored(base, (a, b), **settings)
+
+
+def gained(weight: Factored, gain: Any) -> Factored:
+    """The weight with an output scale, of shape (axes or 1..., 1)."""
+    return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"))
+
+
+def turned_by(weight: Factored, axis: int, turns: Sequence[Any], strides: Sequence[int]) -> Factored:
+    """The weight with an input transform on one of its axes: the product of block-diagonal `turns`."""
+    mark = jnp.zeros([n if i == axis else 1 for i, n in enumerate(weight.base.shape)] + [1])
+    roles = (*weight.roles, *["turn"] * len(turns), "mark")
+    return weight.replace(factors=(*weight.factors, *turns, mark), roles=roles, strides=tuple(strides))
+
+
+def plain(base: Any, **settings: Any) -> Factored:
+    """A weight that is its base alone, for `gained` and `turned_by`."""
+    return Factored(base, (), roles=(), **settings)
 
 
 def product(weight: Factored, a: Any, b: Any, *, precision: Any = None) -> jax.Array:
@@ -88,93 +152,33 @@ def whole(weight: Tracked, factor: Any) -> Any:
     return reshaped(factor, [*(factor.shape[axis] for axis in owned), factor.shape[-1]])
 
 
-def contract(
-    x: Any, xs: Labels, y: Any, ys: Labels, out: Labels, *, precision: Any = None, preferred: Any = None
-) -> jax.Array:
-    """An einsum of two arrays, written as one product of (stacks of) matrices.
+def scaled_by(x: Any, xs: Labels, gain: Any, gs: Labels) -> Any:
+    """x times a gain without its axis of rank, whose labels are among those of x; in float32 or wider."""
+    order = sorted(range(len(gs)), key=lambda i: xs.index(gs[i]))
+    gain = lax.expand_dims(transposed(gain, order), [i for i, label in enumerate(xs) if label not in gs])
+    sums = wide(x.dtype)
+    return cast(cast(x, sums) * cast(gain, sums), x.dtype)
 
-    Labels in both arrays and not in `out` are contracted, labels of one array alone that are not in `out` are summed.
 
-    The axes of each side are flattened to one, because CPU's automatic differentiation is twice as slow on products
-    with several free axes; under a mesh they are kept, since flattening two sharded axes moves data.
+def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, transpose: bool = False) -> Any:
+    """``sum_i x_i R_ij`` on the axis labelled `at`, or ``sum_j R_ij x_j`` if `transpose`, with a block-diagonal R.
+
+    The axis of n elements is seen as (n / (size * stride), size, stride); a block mixes the elements of the middle.
 
     Args:
-      x, y: arrays with an axis for each label of `xs`, `ys`.
-      out: the labels of the result, each of which is in `xs` or `ys`.
-      precision, preferred: as in `jax.lax.dot_general`.
+      x: with an axis for each label of `xs`.
+      rows: an axis for each label of `rs`, all of which are in `xs`, and the size of a block.
     """
-    x, xs = _sum_out(x, xs, {*ys, *out})
-    y, ys = _sum_out(y, ys, {*xs, *out})
-    left = tuple(label for label in out if label in xs and label not in ys)
-    right = tuple(label for label in out if label in ys and label not in xs)
-    if right and left and out.index(right[0]) < out.index(left[0]):
-        return contract(y, ys, x, xs, out, precision=swapped(precision), preferred=preferred)
-    batch = tuple(label for label in out if label in xs and label in ys)
-    summed = tuple(label for label in xs if label not in out)
-    sizes = dict(zip((*xs, *ys), (*x.shape, *y.shape), strict=True))
-    flat = not (_is_meshed(x) or _is_meshed(y))
-    x, y = _ordered(x, xs, (batch, left, summed), flat), _ordered(y, ys, (batch, summed, right), flat)
-    n, k, m = len(batch), 1 if flat else len(summed), 1 if flat else len(left)
-    over = (tuple(range(n + m, n + m + k)), tuple(range(n, n + k)))
-    stack = (tuple(range(n)), tuple(range(n)))
-    made = (*batch, *left, *right)
-    place = None if flat else _place(x, (*batch, *left, *summed), y, (*batch, *summed, *right), made)
-    z = lax.dot_general(x, y, (over, stack), precision=precision, preferred_element_type=preferred, out_sharding=place)
-    return transposed(reshaped(z, [sizes[label] for label in made]), [made.index(label) for label in out])
+    size = rows.shape[-1]
 
+    def split(array: Any, labels: Labels, within: str) -> tuple[Any, Labels]:
+        parts = [((-1, size, stride), ("block", within, "step")) if label == at else ((n,), (label,))
+                 for n, label in zip(array.shape, labels, strict=False)]  # fmt: skip
+        shape = [n for part, _ in parts for n in part] + list(array.shape[len(labels) :])
+        return array.reshape(shape), tuple(label for _, names in parts for label in names)
 
-def _place(x: Any, xs: Labels, y: Any, ys: Labels, made: Labels) -> Any:
-    """On a mesh of explicit axes: the labels stay where they are, and what is summed over sharded axes is whole."""
-    sharding = next((s for s in (jax.typeof(v).sharding for v in (x, y)) if s.mesh.explicit_axes), None)
-    if sharding is None:
-        return None
-    pairs = [pair for v, labels in ((y, ys), (x, xs)) for pair in zip(labels, jax.typeof(v).sharding.spec, strict=True)]
-    places, taken = dict(pairs), set()
-    spec = []
-    for axes in map(places.get, made):
-        names = {*axes} if isinstance(axes, tuple) else {axes} - {None}
-        spec.append(None if names & taken else axes)
-        taken |= names
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-
-
-def _sum_out(x: Any, labels: Labels, keep: set[Hashable]) -> tuple[Any, Labels]:
-    gone = [i for i, label in enumerate(labels) if label not in keep]
-    return (x.sum(gone) if gone else x), tuple(label for label in labels if label in keep)
-
-
-def _ordered(x: Any, labels: Labels, groups: Sequence[Labels], flat: bool) -> Any:
-    x = transposed(x, [labels.index(label) for group in groups for label in group])
-    if not flat:
-        return x
-    n = len(groups[0])
-    sizes = iter(x.shape[n:])
-    return reshaped(x, [*x.shape[:n], *(math.prod(next(sizes) for _ in group) for group in groups[1:])])
-
-
-# The steps that change nothing are left out: tracing them costs more than all else here.
-
-
-def cast(x: Any, dtype: Any) -> Any:
-    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
-
-
-def transposed(x: Any, order: Sequence[int]) -> Any:
-    return x if list(order) == sorted(order) else lax.transpose(x, order)
-
-
-def reshaped(x: Any, shape: Sequence[int]) -> Any:
-    return x if tuple(shape) == tuple(x.shape) else lax.reshape(x, tuple(shape))
-
-
-def scaled(x: Any, scale: float) -> Any:
-    return x if scale == 1 else lax.mul(x, np.asarray(scale, x.dtype))
-
-
-def swapped(precision: Any) -> Any:
-    """A product's precision for its operands in the other order."""
-    return precision[::-1] if isinstance(precision, tuple) else precision
-
-
-def _is_meshed(x: Any) -> bool:
-    return jax.typeof(x).sharding.mesh.size > 1 or jax.sharding.get_abstract_mesh().size > 1
+    before, after = ("column", "row") if transpose else ("row", "column")
+    seen, labels = split(x, xs, before)
+    rows, row_labels = split(cast(rows, x.dtype), rs, "row")
+    out = tuple(after if label == before else label for label in labels)
+    return contract(seen, labels, rows, (*row_labels, "column"), out).reshape(x.shape)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jlora.axes import Axes
 from jlora.interpret import compat
 from jlora.interpret.contract import dot_labels
 from jlora.interpret.control import CONTROL
@@ -21,7 +22,6 @@ from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.views import VIEWS
 from jlora.paths import flatten, refill, split_arrays
-from jlora.spec import Axes
 
 LINEAR = ("dot", "ragged_dot")
 Owner = tuple[str, int]

@@ -7,7 +7,7 @@ size 1) with the rank behind them. A rule that can't keep the form declines, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,7 +47,9 @@ def squeeze(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.squeeze(f, eqn.params["dimensions"]))
 
 
-def rev(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+def rev(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
+    if isinstance(weight, Factored) and weight.turned_axis in eqn.params["dimensions"]:
+        return DECLINED
     return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.rev(f, eqn.params["dimensions"]))
 
 
@@ -173,14 +175,20 @@ def scale(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
     if isinstance(scalar, Tracked) or jnp.ndim(scalar) or divides_by_weight:
         return DECLINED
     base = compat.bind(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
-    first, *rest = weight.factors
-    changed = first / scalar if eqn.primitive.name == "div" else first * scalar
-    return weight.replace(base=base, factors=(changed.astype(first.dtype), *rest))
+    change = lambda a: (a / scalar if eqn.primitive.name == "div" else a * scalar).astype(a.dtype)
+    return _times(weight, base, change)
 
 
 def negate(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+    return _times(weight, compat.bind(eqn, [weight.base]), lambda a: -a)
+
+
+def _times(weight: Any, base: Any, change: Callable[[Any], Any]) -> Any:
+    """A weight times a number: the base is, and one of the low-rank factors."""
+    if isinstance(weight, Factored) and not weight.pair:
+        return weight.replace(base=base)
     first, *rest = weight.factors
-    return weight.replace(base=compat.bind(eqn, [weight.base]), factors=(-first, *rest))
+    return weight.replace(base=base, factors=(change(first), *rest))
 
 
 def concatenate(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
@@ -200,7 +208,9 @@ def stack(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
 
 
 def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) -> Any:
-    if not all(isinstance(piece, Factored) for piece in pieces) or len({p.dropout for p in pieces}) > 1:
+    if not all(isinstance(piece, Factored) and piece.roles == ("a", "b") and not piece.tap for piece in pieces):
+        return DECLINED
+    if len({piece.dropout for piece in pieces}) > 1:
         return DECLINED
     owners = {_owners(piece, axis) for piece in pieces}
     blocks = len(owners) == 1 and len(min(owners)) == 1
@@ -238,6 +248,23 @@ def _blocks(factors: Sequence[Any]) -> list[Any]:
     return [pad(factor, place) for factor, place in zip(factors, places, strict=True)]
 
 
+def _whole_turns(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that declines where it would cut the axis of an input transform."""
+
+    def guarded(interpreter: Interpreter, eqn: Any, weight: Any, *values: Any) -> Any:
+        outputs = rule(interpreter, eqn, weight, *values)
+        if outputs is DECLINED or not (isinstance(weight, Factored) and weight.turns):
+            return outputs
+        seen = outputs if isinstance(outputs, list) else [outputs]
+        return outputs if all(_turned_size(view) == _turned_size(weight) for view in seen) else DECLINED
+
+    return guarded
+
+
+def _turned_size(weight: Factored) -> int | None:
+    return None if weight.turned_axis is None else weight.base.shape[weight.turned_axis]
+
+
 VIEWS = {
     "convert_element_type": cast,
     "reduce_precision": same,
@@ -255,12 +282,12 @@ VIEWS = {
     "squeeze": squeeze,
     "rev": rev,
     "broadcast_in_dim": broadcast,
-    "reshape": reshape,
-    "slice": slice_,
-    "dynamic_slice": dynamic_slice,
-    "split": split,
-    "tile": tile,
-    "unstack": unstack,
+    "reshape": _whole_turns(reshape),
+    "slice": _whole_turns(slice_),
+    "dynamic_slice": _whole_turns(dynamic_slice),
+    "split": _whole_turns(split),
+    "tile": _whole_turns(tile),
+    "unstack": _whole_turns(unstack),
     "mul": scale,
     "div": scale,
     "neg": negate,

@@ -1,4 +1,4 @@
-"""Initial values of the factors. Each function makes one kernel's pair; `jlora.wrap` maps it over batch axes."""
+"""Factors that are drawn. Each function makes one kernel's pair; `jlora.wrap` maps it over batch axes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,24 @@ def gaussian(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtype
     return lora_a, jnp.zeros((rank, *out_shape), dtype)
 
 
+def orthogonal(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtype: Any) -> Factors:
+    """Both factors normal, on orthogonal halves of the ranks, so that their product is zero; shapes as in `kaiming`.
+
+    Raises:
+      ValueError: if the rank is odd.
+    """
+    if rank % 2:
+        raise ValueError(f"wrap: init='orthogonal' splits the rank in two halves; it must be even, found {rank}")
+    key_q, key_a, key_b = jax.random.split(key, 3)
+    q, _ = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank)))
+    lora_a = jax.random.normal(key_a, (math.prod(in_shape), rank // 2)) @ q[0::2] / 10
+    lora_b = q[1::2].T @ jax.random.normal(key_b, (rank // 2, math.prod(out_shape))) / 10
+    return lora_a.reshape(*in_shape, rank).astype(dtype), lora_b.reshape(rank, *out_shape).astype(dtype)
+
+
 def embedding(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtype: Any) -> Factors:
     """``lora_a`` zero, ``lora_b`` standard normal: what PEFT gives embedding tables; shapes as in `kaiming`."""
     return jnp.zeros((*in_shape, rank), dtype), jax.random.normal(key, (rank, *out_shape), dtype)
 
 
-INITS: dict[str, Callable[..., Factors]] = {"kaiming": kaiming, "gaussian": gaussian}
+RANDOM: dict[str, Callable[..., Factors]] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}

@@ -26,8 +26,18 @@ def optimizer(
     are for `optax.apply_updates` on the whole tree. State is kept for the trainable leaves alone. It works as well on
     the trainable half of `jlora.partition`.
 
-    Transformations that wrap others (`optax.MultiSteps`, `optax.apply_if_finite`, schedule-free ones) go inside, as
-    `tx`; those that come before, such as `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
+    Transformations that wrap others (`optax.MultiSteps`, `optax.apply_if_finite`) go inside, as `tx`; those that come
+    before, such as `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
+
+    On the trainable half a transformation works by itself. So do those whose functions take the state together with
+    the parameters, as schedule-free ones, which are evaluated at their average::
+
+        half, frozen = jlora.partition(params)
+        tx = optax.contrib.schedule_free_adamw(1e-3)
+        state = tx.init(half)
+        # a step: grads = jlora.grad(loss)(jlora.combine(half, frozen)); tx.update(grads, state, half); ...
+        average = optax.contrib.schedule_free_eval_params(state, half)
+        jlora.apply(model.apply)({"params": jlora.combine(average, frozen)}, x)
 
     Args:
       tx: any optax transformation.
@@ -35,7 +45,7 @@ def optimizer(
       b_lr_ratio: multiplies the updates of each ``lora_b`` (LoRA+; 16 is the paper's advice).
 
     Raises:
-      ValueError: if nothing in the tree trains, or the ratio is not a positive number.
+      ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax
@@ -51,7 +61,7 @@ def optimizer(
     if TRAINABLE not in jax.tree.leaves(labels(tree)):
         raise ValueError("optimizer: no leaf of this tree trains; pass a tree that jlora.wrap returned")
     if b_lr_ratio is not None:
-        _check_ratio(b_lr_ratio)
+        _check_ratio(b_lr_ratio, tree)
         tx = optax.chain(tx, _scale_b(b_lr_ratio))
     transforms: dict[Hashable, optax.GradientTransformation] = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
     inner = optax.multi_transform(transforms, labels)
@@ -95,14 +105,20 @@ def _without_frozen(updates: Any, params: Any) -> Any:
 
 def _scale_b(ratio: float) -> optax.GradientTransformation:
     """Scales the updates of each node's `lora_b`."""
-    is_b = lambda tree: label_fields(tree, lambda field: TRAINABLE_B if field.name == "lora_b" else TRAINABLE)
     scale = lambda mark, update: update * ratio if mark == TRAINABLE_B else update
-    return optax.stateless(lambda updates, _: jax.tree.map(scale, is_b(updates), updates))
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, _labels_of_b(updates), updates))
 
 
-def _check_ratio(ratio: Any) -> None:
+def _labels_of_b(tree: Any) -> Any:
+    is_b = lambda field: field.name == "lora_b" and field.metadata.get("trained")
+    return label_fields(tree, lambda field: TRAINABLE_B if is_b(field) else TRAINABLE)
+
+
+def _check_ratio(ratio: Any, tree: Any) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < math.inf:
         raise ValueError(f"optimizer: b_lr_ratio must be a positive number, found {ratio!r}")
+    if TRAINABLE_B not in jax.tree.leaves(_labels_of_b(tree)):
+        raise ValueError(f"optimizer: no lora_b in this tree trains, so b_lr_ratio={ratio!r} would do nothing")
 
 
 def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:

@@ -1,0 +1,134 @@
+"""What a variant is told of the kernel that it adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora import init as inits
+from jlora.axes import Axes
+from jlora.nodes import GROUPS
+
+if TYPE_CHECKING:
+    from jlora.spec import LoraSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel to adapt, and what the spec says of it.
+
+    Args:
+      path: of the leaf.
+      shape: of the leaf.
+      axes: which of them are in, out and batch.
+      kind: ``"dot"``, ``"embedding"``, ``"conv"`` or ``"ragged_dot"``.
+      spec: with the overrides for this path put in.
+      layers: which of the layers stacked on the first batch axis are adapted; None: all.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes
+    kind: str
+    spec: LoraSpec
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The static fields of a node with low-rank factors."""
+        return {**self.place, "scale": self.spec.scale, "dropout": float(self.spec.dropout)}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The static fields of every node."""
+        return {"axes": self.axes, "layers": self.layers}
+
+    @property
+    def dtype(self) -> Any:
+        """Of the trained arrays."""
+        return jnp.dtype(self.spec.dtype or jnp.float32)
+
+    def option(self, name: str) -> Any:
+        """A setting of the variant's own."""
+        return {**self.spec.node.OPTIONS, **self.spec.options}[name]
+
+    def sizes(self, dims: str, **own: int) -> tuple[int, ...]:
+        """The shape of a field; `own` has the sizes of the words that are no axes of the kernel."""
+        return tuple(n for word in dims.split() for n in (self._group(word) if word in GROUPS else (own[word],)))
+
+    def size(self, word: str) -> int:
+        return math.prod(self._group(word))
+
+    def _group(self, word: str) -> tuple[int, ...]:
+        sizes = tuple(self.shape[axis] for axis in getattr(self.axes, f"{word}_axis"))
+        return (len(self.layers), *sizes[1:]) if word == "batch" and self.layers is not None else sizes
+
+    def of_layers(self, x: jax.Array) -> jax.Array:
+        """The kernel, or an array of its shape, with the adapted layers alone."""
+        return x if self.layers is None else jnp.take(x, jnp.asarray(self.layers), axis=self.axes.batch_axis[0])
+
+    def keys(self, key: jax.Array) -> jax.Array:
+        """A key for each place of the batch axes, of shape (batch...): a layer's is the same whichever are adapted."""
+        batch = tuple(self.shape[axis] for axis in self.axes.batch_axis)
+        if not batch:
+            return key
+        keys = jax.random.split(key, batch)
+        return keys if self.layers is None else keys[jnp.asarray(self.layers)]
+
+    def mapped(self, make: Any, *stacked: Any) -> Any:
+        """Calls a function of one kernel's arrays for each place of the batch axes, on which they are stacked first."""
+        for _ in self.axes.batch_axis:
+            make = jax.vmap(make)
+        return make(*stacked)
+
+    def normal(self, key: jax.Array, dims: str, std: float = 1.0, **own: int) -> jax.Array:
+        """Normal noise of shape `dims`, which begins with ``batch``."""
+        shape = self.sizes(dims, **own)[len(self.axes.batch_axis) :]
+        return self.mapped(lambda key: std * jax.random.normal(key, shape, self.dtype), self.keys(key))
+
+    def matrix(self, base: Any) -> jax.Array:
+        """The kernel as matrices: of shape (batch..., in, out), with in axes and out axes flattened, in float32."""
+        order = (*self.axes.batch_axis, *self.axes.in_axis, *self.axes.out_axis)
+        moved = jnp.transpose(self.of_layers(jnp.asarray(base)), order).astype(jnp.float32)
+        return moved.reshape(*self._group("batch"), self.size("in"), self.size("out"))
+
+    def low_rank(self, base: Any, key: jax.Array) -> dict[str, Any]:
+        """The factors that the spec's `init` makes: lora_a and lora_b, and start where they are parts of W."""
+        if make := inits.spectral(self.spec.init):
+            if self.spec.scale <= 0:
+                self.refuse(
+                    "scaling", f"init={self.spec.init!r} divides by the scale, which must be positive", self.spec.scale
+                )
+            pair = lambda matrix, key: self._shaped(*make(matrix, self.spec.rank, self.spec.scale, key))
+            lora_a, lora_b = self.mapped(pair, self.matrix(base), self.keys(key))
+            return {"lora_a": lora_a, "lora_b": lora_b, "start": (jnp.copy(lora_a), jnp.copy(lora_b))}
+        lora_a, lora_b = self.mapped(self._drawn, self.keys(key))
+        return {"lora_a": lora_a, "lora_b": lora_b}
+
+    def _drawn(self, key: jax.Array) -> tuple[Any, Any]:
+        init = self.spec.init
+        make = init if callable(init) else inits.embedding if self.kind == "embedding" else inits.RANDOM[init]
+        ins, outs, rank = self._group("in"), self._group("out"), self.spec.rank
+        lora_a, lora_b = make(key, ins, outs, rank, self.dtype)
+        if lora_a.shape != (*ins, rank) or lora_b.shape != (rank, *outs):
+            raise ValueError(
+                f"wrap: init must return factors of shapes {(*ins, rank)} and {(rank, *outs)}, "
+                f"found {lora_a.shape} and {lora_b.shape}"
+            )
+        return lora_a, lora_b
+
+    def _shaped(self, lora_a: jax.Array, lora_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rank = self.spec.rank
+        lora_a, lora_b = lora_a.reshape(*self._group("in"), rank), lora_b.reshape(rank, *self._group("out"))
+        return lora_a.astype(self.dtype), lora_b.astype(self.dtype)
+
+    def refuse(self, setting: str, expected: str, found: Any) -> None:
+        """Raises the error of a setting that does not fit this kernel."""
+        raise ValueError(
+            f"wrap: {setting}={found!r} does not fit {self.path} of shape {self.shape}: {expected}. Set it for this "
+            f"kernel with overrides={{{self.path!r}: {{...}}}}, or exclude it"
+        )

@@ -1,0 +1,65 @@
+"""Which layer a leaf belongs to, and which layers a spec adapts.
+
+A leaf of an unrolled model has its layer's number in its path; one of stacked layers has them on its first batch axis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NUMBERED = re.compile(r"(?:(.*?)[_.-]?)(\d+)")
+
+
+def layer_of(path: str, name: str | None = None) -> int | None:
+    """The number of the layer that a leaf belongs to: the first in its path, as in ``layers/3`` or ``block_3``.
+
+    Args:
+      path: of the leaf.
+      name: of the list of layers, where another number comes before: ``"layers"`` for ``stage_0/layers_3``.
+
+    Example:
+      >>> layer_of("encoder/layer_3/query/kernel"), layer_of("h/7/attn/kernel"), layer_of("head/kernel")
+      (3, 7, None)
+    """
+    before = ""
+    for part in path.split("/")[:-1]:
+        if (match := _NUMBERED.fullmatch(part)) and name in (None, match[1] or before):
+            return int(match[2])
+        before = part
+    return None
+
+
+def chosen_paths(paths: Iterable[str], layers: Sequence[int] | None, name: str | None, stacked: set[str]) -> set[str]:
+    """The targets of the chosen layers; `stacked` ones, which have no number, stay.
+
+    Raises:
+      ValueError: if a layer is not there.
+    """
+    paths = set(paths)
+    if layers is None:
+        return paths
+    numbers = {path: layer_of(path, name) for path in paths}
+    there = {n for n in numbers.values() if n is not None}
+    if missing := sorted({*layers} - there) if there else []:
+        raise ValueError(f"wrap: layers={list(layers)} names {missing}, but targets are in layers {sorted(there)}")
+    kept = {path for path, n in numbers.items() if n in layers or (n is None and path in stacked)}
+    if not kept:
+        raise ValueError(
+            f"wrap: layers={list(layers)}, but no target has a layer's number in its path or a stacked axis, such as "
+            f"{sorted(paths)[:3]}; stacked layers are known from sites=jlora.sites(fn, params, *args) or axes={{...}}"
+        )
+    return kept
+
+
+def chosen_slices(path: str, layers: Sequence[int] | None, name: str | None, count: int) -> tuple[int, ...] | None:
+    """Which of `count` stacked layers are adapted: None for all, also where the path has the layer's number.
+
+    Raises:
+      ValueError: if a layer is not there.
+    """
+    if layers is None or layer_of(path, name) is not None:
+        return None
+    if outside := [n for n in layers if not 0 <= n < count]:
+        raise ValueError(f"wrap: layers={list(layers)} names {outside}, but {path} stacks {count} layers")
+    return None if len(layers) == count else tuple(layers)

@@ -1,0 +1,105 @@
+"""LLaMA-Factory's settings of an adapter, in the configuration of a whole training run.
+
+Names and defaults are those of its ``FinetuningArguments``, https://llamafactory.readthedocs.io/en/latest/. What
+LLaMA-Factory hands to PEFT's ``LoraConfig`` or ``OFTConfig`` is converted as PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jlora.settings.peft import ALL_LINEAR, converted
+from jlora.settings.reader import Settings, mapping
+
+PREFIXES = ("lora_", "loraplus_", "pissa_", "oft_")
+LORA = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target",
+    "modules_to_save": "additional_target",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "init_lora_weights": "pissa_iter",
+}
+OFT = {
+    "r": "oft_rank",
+    "oft_block_size": "oft_block_size",
+    "module_dropout": "module_dropout",
+    "target_modules": "oft_target",
+    "modules_to_save": "additional_target",
+}
+LORA_ONLY = ("use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio")
+_OPTIMIZER = "LLaMA-Factory allows it without LoRA only; leave it out"
+_TOWERS = "a tree does not tell which of its parts is meant; leave it out, and name them in LoraSpec's exclude"
+REFUSED = {
+    "adapter_name_or_path": "that adapter's own adapter_config.json has its settings; give that to LoraSpec.from_peft",
+    "use_llama_pro": "it adds layers to the model; add them to the tree, and name them in LoraSpec's layers",
+    "use_galore": _OPTIMIZER,
+    "use_apollo": _OPTIMIZER,
+    "use_badam": _OPTIMIZER,
+    "freeze_vision_tower": _TOWERS,
+    "freeze_multi_modal_projector": _TOWERS,
+    "freeze_language_model": _TOWERS,
+}
+# of the optimizer: jlora.optimizer(b_lr_ratio=...); of saving; a spec is always of a new adapter
+IGNORED = "loraplus_lr_ratio loraplus_lr_embedding pissa_convert create_new_adapter"
+
+
+def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `jlora.LoraSpec` for LLaMA-Factory's settings; see `jlora.LoraSpec.from_llamafactory`."""
+    where = "LoraSpec.from_llamafactory"
+    given = Settings(where, mapping(where, config))
+    own = "finetuning_type pissa_init resize_vocab"
+    given.refuse_unknown({*LORA.values(), *OFT.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
+    given.refuse_set(REFUSED)
+    if given.is_set("resize_vocab") and not given.is_set("additional_target"):
+        given.refuse("resize_vocab", "it trains the embeddings in full; name them in additional_target")
+    kind = given.get("finetuning_type", "lora")
+    if kind == "lora":
+        return converted(Settings(where, _lora(given), LORA))
+    if kind != "oft":
+        given.refuse("finetuning_type", "it trains no adapter; the types known here are 'lora' and 'oft'")
+    given.refuse_set(dict.fromkeys(LORA_ONLY, "it is valid for finetuning_type='lora' only; leave it out"))
+    return converted(Settings(where, _oft(given), OFT))
+
+
+def _lora(given: Settings) -> dict[str, Any]:
+    rank = given.get("lora_rank", 8)
+    return _values(given, LORA) | {
+        "r": rank,
+        "lora_alpha": given.get("lora_alpha") or rank * 2,
+        "target_modules": _targets(given.get("lora_target", "all")),
+        "modules_to_save": _split(given.get("additional_target")),
+        "init_lora_weights": _init(given) if given.flag("pissa_init") else True,
+    }
+
+
+def _oft(given: Settings) -> dict[str, Any]:
+    return _values(given, OFT) | {
+        "peft_type": "OFT",
+        "target_modules": _targets(given.get("oft_target", "all")),
+        "modules_to_save": _split(given.get("additional_target")),
+    }
+
+
+def _values(given: Settings, names: Mapping[str, str]) -> dict[str, Any]:
+    return {name: given.get(theirs) for name, theirs in names.items()}
+
+
+def _init(given: Settings) -> str:
+    rounds = given.get("pissa_iter", 16)
+    if type(rounds) is not int or rounds < -1:
+        given.refuse("pissa_iter", "it must be a number of rounds, or -1 for the exact decomposition")
+    return "pissa" if rounds == -1 else f"pissa_niter_{rounds}"
+
+
+def _targets(given: Any) -> Any:
+    names = _split(given)
+    return ALL_LINEAR if names == ["all"] else names
+
+
+def _split(given: Any) -> Any:
+    """Names with commas between them, as a list."""
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) else given

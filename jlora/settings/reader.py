@@ -1,0 +1,92 @@
+"""Another tool's settings while they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+UNSET = (None, False, 0)
+CLOSE = 0.85  # a slip of a letter or two
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings under PEFT's names. None stands for what was not set, as it does in all of these tools.
+
+    Args:
+      where: the function that was called, for messages.
+      values: by PEFT's name.
+      names: what the tool calls them, by PEFT's name, where it has another.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or PEFT's default where there is none."""
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def is_set(self, name: str) -> bool:
+        """Whether a setting has a value that switches something on."""
+        value = self.values.get(name)
+        return len(value) > 0 if isinstance(value, Collection) else value not in UNSET
+
+    def flag(self, name: str) -> bool:
+        """A setting that is true or false, and false by default."""
+        value = self.get(name, False)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.where}: {self.names.get(name, name)} must be true or false, found {value!r}")
+        return value
+
+    def listed(self, name: str) -> tuple[str, ...]:
+        """A setting that is a list of names, and empty by default."""
+        value = self.get(name, ())
+        if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(x, str) and x for x in value):
+            raise ValueError(f"{self.where}: {self.names.get(name, name)} must be a list of names, found {value!r}")
+        return tuple(value) if isinstance(value, (list, tuple)) else tuple(sorted(value))
+
+    def refuse(self, name: str, why: str) -> NoReturn:
+        """Says why a setting can't be honoured, and what to do."""
+        found = self.values.get(name)
+        raise ValueError(f"{self.where}: {self.names.get(name, name)}={found!r} can't be honoured: {why}")
+
+    def refuse_set(self, reasons: Mapping[str, str]) -> None:
+        """Refuses each setting that is set, for its reason."""
+        for name, why in reasons.items():
+            if self.is_set(name):
+                self.refuse(name, why)
+
+    def refuse_unknown(self, known: Collection[str], prefixes: tuple[str, ...] | None = None) -> None:
+        """Refuses a setting that is not known, with the nearest that is.
+
+        Args:
+          known: all names that mean something, or are known to mean nothing to an adapter.
+          prefixes: of an adapter's settings, where others stand beside them: a whole training configuration. A name
+            with none of them is refused only if it is close to a known one.
+        """
+        for name, value in self.values.items():
+            if name in known or value is None:
+                continue
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            is_near = bool(difflib.get_close_matches(name, known, n=1, cutoff=CLOSE))
+            if prefixes is None or name.startswith(prefixes) or is_near:
+                hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(sorted(known))}"
+                raise ValueError(f"{self.where} knows no setting {name!r} (found {value!r}); {hint}")
+
+
+def mapping(where: str, config: Any) -> dict[str, Any]:
+    """The settings as a dict of their own.
+
+    Raises:
+      ValueError: if they are no mapping from names.
+    """
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ValueError(
+            f"{where}: expected a mapping from settings to values, such as json.load or yaml.safe_load returns, found "
+            f"{type(config).__name__}"
+        )
+    return dict(config)

@@ -1,0 +1,58 @@
+"""One variant a file: a node that says how it starts and which factored weight it stands for.
+
+A variant knows nothing of primitives. `VARIANTS` has those that `jlora.LoraSpec` knows by name; a class of one's own
+goes to ``LoraSpec(variant=...)`` as it is. What such a class is written with is here too: its fields (`trained`,
+`frozen`, `static`), what it is told (`Kernel`), and what it stands for (`Factored`, made by `low_rank`, `gained`,
+`turned_by`, `plain`).
+"""
+
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored, gained, low_rank, plain, turned_by
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, LoraParam, frozen, static, trained
+from jlora.variants.adalora import AdaLoraParam
+from jlora.variants.dora import DoraParam
+from jlora.variants.ia3 import Ia3Param
+from jlora.variants.loha import LohaParam
+from jlora.variants.lokr import LokrParam
+from jlora.variants.lora_fa import LoraFaParam
+from jlora.variants.oft import BoftParam, OftParam
+from jlora.variants.vera import VeraParam
+
+VARIANTS: dict[str, type[AdaptedParam]] = {
+    "lora": LoraParam,
+    "dora": DoraParam,
+    "lora_fa": LoraFaParam,
+    "vera": VeraParam,
+    "adalora": AdaLoraParam,
+    "loha": LohaParam,
+    "lokr": LokrParam,
+    "ia3": Ia3Param,
+    "oft": OftParam,
+    "boft": BoftParam,
+}
+
+__all__ = [
+    "VARIANTS",
+    "AdaLoraParam",
+    "AdaptedParam",
+    "Axes",
+    "BoftParam",
+    "DoraParam",
+    "Factored",
+    "Ia3Param",
+    "Kernel",
+    "LohaParam",
+    "LokrParam",
+    "LoraFaParam",
+    "LoraParam",
+    "OftParam",
+    "VeraParam",
+    "frozen",
+    "gained",
+    "low_rank",
+    "plain",
+    "static",
+    "trained",
+    "turned_by",
+]

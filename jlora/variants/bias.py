@@ -1,0 +1,42 @@
+"""The bias of an update: a bias that is trained as a difference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.interpret.products import wide
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, frozen, static, trained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraBiasParam(AdaptedParam):
+    """``bias + scale * lora_bias``: PEFT's ``lora_bias``, the bias of B, with the scale of the kernel beside it.
+
+    Args:
+      base: the layer's bias, frozen.
+      lora_bias: of its shape, trained; zero at the start.
+      scale: that of the kernel's update.
+    """
+
+    base: Any = frozen()
+    lora_bias: Any = trained()
+    scale: float = static(default=1.0)
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array | None = None) -> LoraBiasParam:
+        del key
+        sharding = getattr(base, "sharding", None)
+        if isinstance(base, jax.ShapeDtypeStruct):
+            return cls(base, jax.ShapeDtypeStruct(base.shape, kernel.dtype, sharding=sharding), kernel.spec.scale)
+        return cls(base, jnp.zeros_like(base, dtype=kernel.dtype), kernel.spec.scale)
+
+    def effective(self, name: str, key: jax.Array | None) -> jax.Array:
+        del name, key
+        sums = wide(self.base.dtype)
+        return (self.base.astype(sums) + self.scale * self.lora_bias.astype(sums)).astype(self.base.dtype)

@@ -1,0 +1,72 @@
+"""IA3: the kernel's outputs, or its inputs, are scaled by a trained vector."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored, gained, plain
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, frozen, static, trained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ia3Param(AdaptedParam):
+    """``W * l`` with a trained vector over the out axes.
+
+    A bias beside the kernel is not scaled, as PEFT's output scaling does. With the option ``on="in"`` (PEFT's
+    ``feedforward_modules``) it is an `Ia3InParam`; `overrides` set it by kernel.
+
+    Args:
+      base, axes, layers: as in `jlora.LoraParam`.
+      ia3_l: l, of shape (batch..., out...), trained; one at the start.
+
+    References:
+      Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+      arXiv:2205.05638.
+    """
+
+    SETTINGS = ()
+    OPTIONS = {"on": "out"}
+
+    base: Any = frozen()
+    ia3_l: Any = trained("batch out")
+    axes: Axes = static()
+    layers: tuple[int, ...] | None = static(default=None)
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> Any:
+        del key
+        on = kernel.option("on")
+        if on not in ("out", "in"):
+            kernel.refuse("options['on']", "it is 'out' or 'in'", on)
+        ones = jnp.ones(kernel.sizes(f"batch {on}"), kernel.dtype)
+        return (cls if on == "out" else Ia3InParam)(base, ones, **kernel.place)
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        del key
+        return gained(plain(self.base, name=name), self.beside(self.ia3_l, "batch out", fill=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ia3InParam(AdaptedParam):
+    """``W * l`` with a trained vector over the in axes, of shape (batch..., in...); made by `Ia3Param`."""
+
+    base: Any = frozen()
+    ia3_l: Any = trained("batch in")
+    axes: Axes = static()
+    layers: tuple[int, ...] | None = static(default=None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"variant": Ia3Param, "options": {"on": "in"}}
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        del key
+        return gained(plain(self.base, name=name), self.beside(self.ia3_l, "batch in", fill=1))

@@ -1,0 +1,46 @@
+"""LoRA-FA: A stays as it was drawn, so that the kernel's input need not be kept for its gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored
+from jlora.kernel import Kernel
+from jlora.nodes import PAIR, AdaptedParam, frozen, low_rank_of, static, trained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoraFaParam(AdaptedParam):
+    """``W + scale * A @ B`` with A frozen; fields as in `jlora.LoraParam`.
+
+    Of a layer's input the backward pass then needs ``x @ A`` alone, of r numbers a token.
+
+    References:
+      Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+      arXiv:2308.03303.
+    """
+
+    base: Any = frozen()
+    lora_a: Any = frozen("batch in rank")
+    lora_b: Any = trained("batch rank out")
+    axes: Axes = static()
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    layers: tuple[int, ...] | None = static(default=None)
+    start: tuple[Any, ...] = frozen(PAIR, default=())
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> LoraFaParam:
+        drawn = dataclasses.replace(kernel, kind="dot")  # an embedding's A would start, and stay, zero
+        return cls(base, **drawn.low_rank(base, key), **kernel.settings)
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        if not self.start:
+            return low_rank_of(self, name, key)
+        moved = dataclasses.replace(self, lora_b=self.lora_b - self.start[1], start=())  # A is A_0 still
+        return low_rank_of(moved, name, key)

@@ -1,0 +1,107 @@
+"""OFT and BOFT: the kernel's input is rotated by a block-diagonal orthogonal matrix, or a product of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored, plain, turned_by
+from jlora.interpret.products import wide
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, frozen, static, trained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class OftParam(AdaptedParam):
+    """``R W`` with R block-diagonal and orthogonal, of the Cayley form ``(I - Q) (I + Q)^-1`` with Q skew-symmetric.
+
+    R acts on the last of the in axes, with blocks of its own for each place of the others; those of a convolution's
+    window share them. The option ``block_size`` is the size of a block. With ``factors`` m > 1, R is the product of m
+    such matrices, the blocks of the i-th made of elements block_size^i apart (a butterfly).
+
+    Args:
+      base, axes, layers: as in `jlora.LoraParam`.
+      oft_q: the entries of Q above the diagonal, of shape (batch..., factors, blocks, size (size - 1) / 2), trained;
+        zero at the start.
+      size: of a block.
+
+    References:
+      Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280;
+      Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv:2311.06243.
+    """
+
+    KINDS = ("dot", "conv")
+    SETTINGS = ()
+    OPTIONS = {"block_size": 32, "factors": 1}
+
+    base: Any = frozen()
+    oft_q: Any = trained("batch factors blocks entries")
+    axes: Axes = static()
+    size: int = static()
+    layers: tuple[int, ...] | None = static(default=None)
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> OftParam:
+        del key
+        size, factors = kernel.option("block_size"), kernel.option("factors")
+        last = kernel.shape[kernel.axes.in_axis[-1]]
+        are_counts = type(size) is int and type(factors) is int and size >= 2 and factors >= 1
+        if not are_counts or last % size**factors:
+            kernel.refuse("options", f"block_size ** factors must divide the last in axis, {last}",
+                          {"block_size": size, "factors": factors})  # fmt: skip
+        turned = last if kernel.kind == "conv" else kernel.size("in")
+        entries = size * (size - 1) // 2
+        shape = kernel.sizes("batch factors blocks entries", factors=factors, blocks=turned // size, entries=entries)
+        return cls(base, jnp.zeros(shape, kernel.dtype), size=size, **kernel.place)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        factors = self.oft_q.shape[len(self.axes.batch_axis)]
+        return {"options": {"block_size": self.size, "factors": factors}}
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        del key
+        batch, ins = self.axes.batch_axis, self.axes.in_axis
+        rotations = _cayley(self.everywhere(self.oft_q), self.size)
+        factors, blocks = rotations.shape[len(batch) : len(batch) + 2]
+        own = ins if blocks * self.size == math.prod(self.shape[axis] for axis in ins) else ins[-1:]
+        strides = [self.size**i for i in range(factors)]
+        sizes = [self.shape[axis] for axis in (*batch, *own)]
+        rows = [
+            _rows(jnp.take(rotations, i, len(batch)), stride).reshape(*sizes, -1) for i, stride in enumerate(strides)
+        ]
+        placed = [self.placed(row, (*batch, *own, "size")) for row in rows]
+        return turned_by(plain(self.base, name=name), ins[-1], placed, strides)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoftParam(OftParam):
+    """`OftParam` with a butterfly of two factors with blocks of 4, unless the options say otherwise: R = R_0 R_1.
+
+    There is no scale of the outputs, which PEFT's BOFT trains besides.
+    """
+
+    OPTIONS = {"block_size": 4, "factors": 2}
+
+
+def _cayley(entries: jax.Array, size: int) -> jax.Array:
+    """The orthogonal matrices (..., size, size) of the entries (..., size (size - 1) / 2) above the diagonal of Q."""
+    entries = entries.astype(wide(entries.dtype))
+    rows, columns = jnp.triu_indices(size, 1)
+    upper = jnp.zeros((*entries.shape[:-1], size, size), entries.dtype).at[..., rows, columns].set(entries)
+    skew, eye = upper - upper.mT, jnp.eye(size, dtype=entries.dtype)
+    return jnp.linalg.solve(eye + skew, eye - skew)
+
+
+def _rows(blocks: jax.Array, stride: int) -> jax.Array:
+    """Row i of R within its block, (..., n, size), of blocks (..., n / size, size, size) of elements `stride` apart."""
+    *stack, count, size, _ = blocks.shape
+    split = blocks.reshape(*stack, count // stride, stride, size, size)
+    return jnp.swapaxes(split, -3, -2).reshape(*stack, count * size, size)

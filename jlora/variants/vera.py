@@ -1,0 +1,79 @@
+"""VeRA: all kernels share two frozen random matrices; vectors are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jlora.axes import Axes
+from jlora.interpret.factored import Factored, low_rank
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, frozen, static, trained
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class VeraParam(AdaptedParam):
+    """``W + A diag(d) B diag(b)`` with A and B frozen and the same for all kernels (their first rows and columns).
+
+    Args:
+      base, axes, dropout, layers: as in `jlora.LoraParam`.
+      vera_a: A, of shape (in..., r), frozen: uniform (Kaiming's), row i from i and the seed only.
+      vera_b: B, of shape (r, out...), frozen, likewise its columns.
+      lambda_d: d, of shape (batch..., r), trained.
+      lambda_b: b, of shape (batch..., out...), trained; zero at the start.
+
+    References:
+      Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
+    """
+
+    SETTINGS = ("rank", "dropout")
+    OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
+
+    base: Any = frozen()
+    vera_a: Any = frozen("in rank")
+    vera_b: Any = frozen("rank out")
+    lambda_d: Any = trained("batch rank")
+    lambda_b: Any = trained("batch out")
+    axes: Axes = static()
+    dropout: float = static(default=0.0)
+    layers: tuple[int, ...] | None = static(default=None)
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> VeraParam:
+        del key
+        rank, dtype = kernel.spec.rank, kernel.dtype
+        if type(kernel.option("projection_seed")) is not int:
+            kernel.refuse("options['projection_seed']", "it is an integer", kernel.option("projection_seed"))
+        if not isinstance(kernel.option("d_initial"), (int, float)):
+            kernel.refuse("options['d_initial']", "it is a number", kernel.option("d_initial"))
+        keys = jax.random.split(jax.random.key(kernel.option("projection_seed")))
+        vera_a, vera_b = _rows(keys[0], kernel.size("in"), rank), _rows(keys[1], kernel.size("out"), rank).T
+        return cls(
+            base,
+            (vera_a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in rank", rank=rank)),
+            (vera_b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("rank out", rank=rank)),
+            jnp.full(kernel.sizes("batch rank", rank=rank), kernel.option("d_initial"), dtype),
+            jnp.zeros(kernel.sizes("batch out"), dtype),
+            dropout=float(kernel.spec.dropout),
+            **kernel.place,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"rank": self.vera_a.shape[-1]}
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        n = len(self.axes.batch_axis)
+        d = jnp.expand_dims(self.lambda_d, [n + 1 + i for i in range(len(self.axes.out_axis))])
+        b = self.vera_b * d * jnp.expand_dims(self.lambda_b, n)
+        factors = self.beside(self.vera_a, "in rank"), self.beside(b, "batch rank out")
+        return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
+
+
+def _rows(key: jax.Array, count: int, rank: int) -> jax.Array:
+    """`count` rows of uniform noise, each from its own key."""
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (rank,), minval=-1.0))(jnp.arange(count))

@@ -1,0 +1,533 @@
+"""Every variant against a reference in numpy and float64, written from the papers: merged kernels, gradients, inits.
+
+A reference knows one kernel as a matrix (in, out) and the node's arrays as matrices; here alone the axes are taken
+apart and put together. Gradients are central differences of the reference.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import jlora
+from tests.support import same_bits
+from tests.variants.cases import moved, noise
+
+IN, OUT, RANK, ALPHA = 8, 12, 2, 3.0
+SCALE = ALPHA / RANK
+
+
+# The uses: functions linear in their kernel, so that the loss sum(C * y) is the sum of G * W with a known G.
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A function of a kernel and of an input, with the gradient of sum(C * y) by the kernel."""
+
+    shape: tuple[int, ...]
+    axes: jlora.Axes
+    fn: Callable
+    x: Any
+    pull: Callable
+
+    @property
+    def base(self):
+        return noise(*self.shape)
+
+    def run(self, params, x):
+        return self.fn(params["w"], x)
+
+
+def product(equation: str, x_shape, shape, axes) -> Use:
+    (xs, ws), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    fn = lambda w, x: jnp.einsum(equation, x, w)
+    pull = lambda x, c: np.einsum(f"{xs},{out}->{ws}", x, c)
+    return Use(shape, jlora.Axes(*axes), fn, noise(*x_shape), pull)
+
+
+def _convolved(w, x):
+    return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolved_pull(x, c):
+    (_, h, w, _), (_, height, width, _) = c.shape, x.shape
+    places = [(i, j) for i in range(height - h + 1) for j in range(width - w + 1)]
+    grads = [np.einsum("nhwi,nhwo->io", x[:, i : i + h, j : j + w], c) for i, j in places]
+    return np.stack(grads).reshape(height - h + 1, width - w + 1, *grads[0].shape)
+
+
+TOKENS = jnp.asarray([3, 0, 7, 3, 3])
+
+
+def _looked_up_pull(tokens, c):
+    grad = np.zeros((IN, OUT))
+    np.add.at(grad, tokens, c)
+    return grad
+
+
+USES = {
+    "dense": product("td,df->tf", (5, IN), (IN, OUT), ((0,), (1,))),
+    "out_in": product("td,fd->tf", (5, IN), (OUT, IN), ((1,), (0,))),
+    "heads": product("td,dhk->thk", (5, IN), (IN, 3, 4), ((0,), (1, 2))),
+    "heads_in": product("thk,hkd->td", (5, 2, IN), (2, IN, 6), ((0, 1), (2,))),
+    "stacked": product("ltd,ldf->ltf", (3, 5, IN), (3, IN, OUT), ((1,), (2,), (0,))),
+    "stacked_inside": product("ltd,dlhk->lthk", (3, 5, IN), (IN, 3, 3, 4), ((0,), (2, 3), (1,))),
+    "some_layers": product("ltd,dlf->ltf", (4, 5, IN), (IN, 4, OUT), ((0,), (2,), (1,))),
+    "conv": Use((3, 2, IN, OUT), jlora.Axes((0, 1, 2), (3,)), _convolved, noise(2, 5, 4, IN), _convolved_pull),
+    "embedding": Use((IN, OUT), jlora.Axes((0,), (1,)), lambda w, x: w[x], TOKENS, _looked_up_pull),
+}
+LAYERS = (3, 1)
+
+
+# The references: p has the node's arrays by name, W among them as "base"; `held` is p where no gradient flows.
+
+
+def lora(p, held, node):
+    start = p["start_0"] @ p["start_1"] if "start_0" in p else 0
+    return p["base"] + SCALE * (p["lora_a"] @ p["lora_b"] - start)
+
+
+def dora(p, held, node):
+    norm = np.linalg.norm(lora(held, held, node), axis=0)
+    return p["magnitude"] / norm * lora(p, held, node)
+
+
+def vera(p, held, node):
+    return p["base"] + p["vera_a"] @ np.diag(p["lambda_d"]) @ p["vera_b"] @ np.diag(p["lambda_b"])
+
+
+def adalora(p, held, node):
+    return p["base"] + SCALE * p["lora_a"] @ np.diag(p["lora_e"]) @ p["lora_b"]
+
+
+def loha(p, held, node):
+    return p["base"] + SCALE * (p["loha_a1"] @ p["loha_b1"]) * (p["loha_a2"] @ p["loha_b2"])
+
+
+def lokr(p, held, node):
+    return p["base"] + SCALE * np.kron(p["lokr_c"], p["lokr_a"] @ p["lokr_b"])
+
+
+def ia3(p, held, node):
+    return p["base"] @ np.diag(p["ia3_l"])
+
+
+def ia3_in(p, held, node):
+    return np.diag(p["ia3_l"]) @ p["base"]
+
+
+def oft(p, held, node):
+    """R_0 R_1 ... W, with R_i = P^T diag(blocks) P where P brings elements that are size^i apart next to each other."""
+    size, n, rotation = node.size, len(p["base"]), np.eye(len(p["base"]))
+    for i, entries in enumerate(p["oft_q"]):
+        count = n // (len(entries) * size)  # the places of a window, which share their blocks
+        blocks = np.kron(np.eye(count), block_diagonal([cayley(q, size) for q in entries]))
+        permutation = apart(n, size, size**i)
+        rotation = rotation @ permutation.T @ blocks @ permutation
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(n), atol=1e-12)
+    return rotation @ p["base"]
+
+
+def cayley(entries, size):
+    q = np.zeros((size, size))
+    q[np.triu_indices(size, 1)] = entries
+    q = q - q.T
+    return (np.eye(size) - q) @ np.linalg.inv(np.eye(size) + q)
+
+
+def block_diagonal(blocks):
+    whole = np.zeros([sum(len(block) for block in blocks)] * 2)
+    for i, block in enumerate(blocks):
+        whole[i * len(block) : (i + 1) * len(block), i * len(block) : (i + 1) * len(block)] = block
+    return whole
+
+
+def apart(n, size, stride):
+    """The permutation matrix that brings elements `stride` apart, `size` of them, next to each other."""
+    order = [
+        first + within + stride * j
+        for first in range(0, n, size * stride)
+        for within in range(stride)
+        for j in range(size)
+    ]
+    return np.eye(n)[order]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A variant with its settings, its reference, and the arrays of its nodes as the docstrings give them."""
+
+    reference: Callable
+    trained: dict[str, str]
+    frozen: dict[str, str]
+    settings: dict[str, Any]
+    uses: list[str]
+    std: float
+
+    def wrapped(self, name: str):
+        """The kernel of a use, wrapped and some way from its start."""
+        use = USES[name]
+        layers = {"layers": LAYERS} if name == "some_layers" else {}
+        spec = jlora.LoraSpec(targets="w", rank=RANK, alpha=ALPHA, **self.settings, **layers)
+        params = {"w": use.base}
+        return moved(jlora.wrap(params, spec, sites=jlora.sites(use.run, params, use.x)), self.std)
+
+
+PAIR = {"lora_a": "batch in .", "lora_b": "batch . out"}
+START = {"start_0": "batch in .", "start_1": "batch . out"}
+LOHA = {"loha_a1": "batch in .", "loha_b1": "batch . out", "loha_a2": "batch in .", "loha_b2": "batch . out"}
+MAGNITUDE, NORM2, TURNS = {"magnitude": "batch out"}, {"norm2": "batch out"}, {"oft_q": "batch . . ."}
+VERA = {"vera_a": "in .", "vera_b": ". out"}
+LOKR = {"lokr_c": "batch . .", "lokr_a": "batch . .", "lokr_b": "batch . ."}
+FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
+
+
+def kind(reference, trained, frozen=(), uses=tuple(USES), std=0.3, **settings):
+    return Kind(reference, trained, dict(frozen), settings, list(uses), std)
+
+
+KINDS = {
+    "lora": kind(lora, PAIR),
+    "lora+orthogonal": kind(lora, PAIR, init="orthogonal", uses=FEW),
+    "lora+pissa": kind(lora, PAIR, START, init="pissa"),
+    "lora+pissa_niter": kind(lora, PAIR, START, init="pissa_niter_4", uses=FEW),
+    "lora+olora": kind(lora, PAIR, START, init="olora"),
+    "lora+milora": kind(lora, PAIR, START, init="milora", uses=FEW),
+    "dora": kind(dora, PAIR | MAGNITUDE, NORM2, variant="dora"),
+    "dora+pissa": kind(dora, PAIR | MAGNITUDE, NORM2 | START, variant="dora", init="pissa"),
+    "lora_fa": kind(lora, {"lora_b": PAIR["lora_b"]}, {"lora_a": PAIR["lora_a"]}, variant="lora_fa"),
+    "vera": kind(vera, {"lambda_d": "batch .", "lambda_b": "batch out"}, VERA, variant="vera", std=1.0),
+    "adalora": kind(adalora, PAIR | {"lora_e": "batch ."}, variant="adalora"),
+    "loha": kind(loha, LOHA, variant="loha"),
+    "lokr": kind(lokr, LOKR, variant="lokr", options={"factor": 4}),
+    "lokr+wide": kind(lokr, LOKR, variant="lokr", options={"factor": 3}),
+    "ia3": kind(ia3, {"ia3_l": "batch out"}, variant="ia3"),
+    "ia3+in": kind(ia3_in, {"ia3_l": "batch in"}, variant="ia3", options={"on": "in"}, uses=TURNED),
+    "oft": kind(oft, TURNS, variant="oft", options={"block_size": 4}, uses=TURNED),
+    "boft": kind(oft, TURNS, variant="boft", options={"block_size": 2, "factors": 3}, uses=TURNED),
+}
+# An embedding's A starts as zero, and so it stays where A is frozen: nothing trains.
+every_kind = pytest.mark.parametrize(
+    "name, use",
+    [(n, use) for n, kind in KINDS.items() for use in kind.uses],
+)
+
+
+@functools.cache
+def wrapped(name: str, use: str):
+    return KINDS[name].wrapped(use)
+
+
+def grouped(x, dims: str, use: Use):
+    """An array with each group of the kernel's axes as one: (layers, ...), a single layer where there is no batch."""
+    own = iter(x.shape)
+    sizes = []
+    for word in dims.split():
+        axes = (0,) if word == "." else getattr(use.axes, f"{word}_axis")
+        sizes.append(int(np.prod([next(own) for _ in axes], dtype=int)))
+    return x.reshape(sizes if dims.startswith("batch") else [1, *sizes])
+
+
+def as_matrices(kernel, use: Use):
+    """A kernel as (layers, in, out)."""
+    order = (*use.axes.batch_axis, *use.axes.in_axis, *use.axes.out_axis)
+    return grouped(np.asarray(kernel, np.float64).transpose(order), "batch in out", use)
+
+
+def arrays_of(node, kind: Kind, use: Use):
+    """The node's arrays in float64, as (layers, ...)."""
+    found = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    found |= {f"start_{i}": x for i, x in enumerate(found.pop("start", ()))}
+    given = {n: np.asarray(found[n], np.float64) for n in (*kind.trained, *kind.frozen)}
+    return {n: grouped(x, (kind.trained | kind.frozen)[n], use) for n, x in given.items()}
+
+
+def effective(kind: Kind, use: Use, node, arrays, held):
+    """The merged kernel by the reference, as (layers, in, out); layers that are not adapted are the base's."""
+    whole = as_matrices(use.base, use).copy()
+    for i, layer in enumerate(getattr(node, "layers", None) or range(len(whole))):
+        pick = lambda p, i=i, layer=layer: {n: x[i % len(x)] for n, x in p.items()} | {"base": whole[layer]}
+        whole[layer] = kind.reference(pick(arrays), pick(held), node)
+    return whole
+
+
+def differences(loss, x, step=1e-6):
+    """The gradient of a function of no arguments by an array, which is changed in place and put back."""
+    grad = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        at = x[i]
+        x[i] = at + step
+        above = loss()
+        x[i] = at - step
+        grad[i] = (above - loss()) / (2 * step)
+        x[i] = at
+    return grad
+
+
+def reference_grads(name: str, use_name: str, node, is_detached=True):
+    """The gradient of sum(C * y) by each trained array, as (layers, ...)."""
+    kind, use = KINDS[name], USES[use_name]
+    arrays = arrays_of(node, kind, use)
+    held = {n: x.copy() for n, x in arrays.items()} if is_detached else arrays
+    pulled = as_matrices(use.pull(*_inputs(use)), use)
+    loss = lambda: (pulled * effective(kind, use, node, arrays, held)).sum()
+    return loss(), {n: differences(loss, arrays[n]) for n in kind.trained}
+
+
+def _inputs(use: Use):
+    y = jax.eval_shape(use.fn, use.base, use.x)
+    x = np.asarray(use.x)
+    return x if x.dtype.kind == "i" else x.astype(np.float64), np.asarray(noise(*y.shape), np.float64)
+
+
+def found_grads(name: str, use_name: str, params):
+    kind, use = KINDS[name], USES[use_name]
+    weights = jnp.asarray(_inputs(use)[1], jnp.float32)
+    loss = lambda params: (weights * jlora.apply(use.run, fallback="ignore")(params, use.x)).sum()
+    value, grads = jax.jit(jlora.value_and_grad(loss))(params)
+    names = {f.name for f in dataclasses.fields(grads["w"]) if jax.tree.leaves(getattr(grads["w"], f.name))}
+    fields = {n: getattr(grads["w"], n) for n in names if n not in ("axes", "scale", "dropout", "layers", "size")}
+    assert {*fields} == {*kind.trained}
+    return value, {n: grouped(np.asarray(x, np.float64), kind.trained[n], use) for n, x in fields.items()}
+
+
+def close(found, expected, tolerance):
+    """Within a part of the largest value."""
+    expected = np.asarray(expected, np.float64)
+    found = np.asarray(found, np.float64)
+    assert found.shape == expected.shape
+    return bool(np.abs(found - expected).max() <= tolerance * np.abs(expected).max())
+
+
+@every_kind
+def test_merged(name, use):
+    params = wrapped(name, use)
+    arrays = arrays_of(params["w"], KINDS[name], USES[use])
+    expected = effective(KINDS[name], USES[use], params["w"], arrays, arrays)
+    found = as_matrices(jax.jit(jlora.merge)(params)["w"], USES[use])
+    assert close(found, expected, 1e-5)
+    assert not close(found, as_matrices(USES[use].base, USES[use]), 1e-2)
+
+
+@every_kind
+def test_gradients(name, use):
+    params = wrapped(name, use)
+    value, expected = reference_grads(name, use, params["w"])
+    found_value, found = found_grads(name, use, params)
+    np.testing.assert_allclose(found_value, value, rtol=1e-4, atol=1e-3)
+    for field, x in expected.items():
+        assert np.abs(x).max() > 1e-2, field
+        assert close(found[field], x, 1e-4), field
+
+
+@pytest.mark.parametrize("use", ["dense", "stacked", "conv", "embedding"])
+def test_the_gradient_does_not_flow_through_doras_norm(use):
+    """The reference with a gradient through the norm differs, so that the other test can fail."""
+    params = wrapped("dora", use)
+    _, through = reference_grads("dora", use, params["w"], is_detached=False)
+    _, found = found_grads("dora", use, params)
+    assert close(found["magnitude"], through["magnitude"], 1e-4)
+    assert not close(found["lora_a"], through["lora_a"], 1e-2)
+    assert not close(found["lora_b"], through["lora_b"], 1e-2)
+
+
+@pytest.mark.parametrize(
+    "use, axis", [("dense", 0), ("heads", 0), ("stacked", 1), ("conv", (0, 1, 2)), ("embedding", 0)]
+)
+def test_doras_magnitude_starts_as_the_norm(use, axis):
+    """Over all but the out axes; over the vocabulary for an embedding."""
+    params = {"w": USES[use].base}
+    spec = jlora.LoraSpec(targets="w", rank=2, variant="dora")
+    node = jlora.wrap(params, spec, sites=jlora.sites(USES[use].run, params, USES[use].x))["w"]
+    squares = np.square(np.asarray(params["w"], np.float64)).sum(axis)
+    np.testing.assert_allclose(node.magnitude, np.sqrt(squares), rtol=1e-6)
+    np.testing.assert_allclose(node.norm2, squares, rtol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_a_column_of_zeros_stays_one_in_dora(init):
+    base = USES["dense"].base.at[:, 3].set(0)
+    spec = jlora.LoraSpec(targets="w", rank=2, variant="dora", init=init, axes={"w": jlora.Axes((0,), (1,))})
+    params = jlora.wrap({"w": base}, spec)
+    tx = jlora.optimizer(optax.adam(1e-2), params)
+    state = tx.init(params)
+    for _ in range(3):
+        value, grads = jlora.value_and_grad(lambda p: (jlora.apply(USES["dense"].run)(p, USES["dense"].x) ** 2).sum())(
+            params
+        )
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    merged = np.asarray(jlora.merge(params)["w"])
+    assert np.isfinite(merged).all() and not merged[:, 3].any()
+    assert not np.array_equal(merged, base)
+
+
+# What the factors start as.
+
+SPECTRAL = ["dense", "out_in", "heads", "heads_in", "stacked_inside", "some_layers", "conv"]
+spectral_uses = pytest.mark.parametrize("use", SPECTRAL)
+
+
+def started(init: str, use: str, **settings):
+    """The kernels as matrices, and A and B for each, right after `wrap`."""
+    params = {"w": USES[use].base}
+    layers = {"layers": LAYERS} if use == "some_layers" else {}
+    spec = jlora.LoraSpec(targets="w", rank=RANK, alpha=ALPHA, init=init, **layers, **settings)
+    wrapped = jlora.wrap(params, spec, sites=jlora.sites(USES[use].run, params, USES[use].x))
+    assert same_bits(jlora.unwrap(wrapped), params)
+    kernels = as_matrices(params["w"], USES[use])[
+        [*layers.get("layers", range(len(as_matrices(params["w"], USES[use]))))]
+    ]
+    found = [grouped(np.asarray(getattr(wrapped["w"], n), np.float64), PAIR[n], USES[use]) for n in PAIR]
+    return list(zip(kernels, *found, strict=True))
+
+
+def parts(kernel, chosen: slice):
+    """The part of a matrix that some of its singular values make."""
+    u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+    return u[:, chosen] * s[chosen] @ vt[chosen], s[chosen]
+
+
+@pytest.mark.parametrize("init, chosen", [("pissa", slice(RANK)), ("milora", slice(-RANK, None))])
+@spectral_uses
+def test_pissa_and_milora_are_parts_of_the_decomposition(init, chosen, use):
+    for kernel, a, b in started(init, use):
+        part, values = parts(kernel, chosen)
+        np.testing.assert_allclose(SCALE * a @ b, part, atol=1e-5)
+        np.testing.assert_allclose(a.T @ a, np.diag(values / SCALE), atol=1e-5)
+        np.testing.assert_allclose(b @ b.T, np.diag(values / SCALE), atol=1e-5)
+
+
+@spectral_uses
+def test_olora_is_part_of_q_r(use):
+    for kernel, a, b in started("olora", use):
+        q, r = np.linalg.qr(kernel.T)
+        np.testing.assert_allclose(a @ b, (q[:, :RANK] @ r[:RANK]).T, atol=1e-5)
+        np.testing.assert_allclose(b @ b.T, np.eye(RANK), atol=1e-5)
+        signs = np.sign((b * q[:, :RANK].T).sum(1))
+        np.testing.assert_allclose(signs[:, None] * b, q[:, :RANK].T, atol=1e-5)
+        np.testing.assert_allclose(a * signs, r[:RANK].T, atol=1e-5)
+
+
+@pytest.mark.parametrize("use", ["dense", "heads", "stacked_inside"])
+def test_orthogonal_factors_have_no_product(use):
+    for _, a, b in started("orthogonal", use):
+        assert np.abs(a @ b).max() <= 1e-7
+        assert np.linalg.matrix_rank(a, tol=1e-5) == np.linalg.matrix_rank(b, tol=1e-5) == RANK // 2
+
+
+def test_orthogonal_factors_have_pefts_size():
+    """Normal, on half of the ranks, over ten: the mean square of an entry is 1/200."""
+    node = jlora.wrap({"kernel": jnp.zeros((600, 400))}, jlora.LoraSpec(rank=16, init="orthogonal"))["kernel"]
+    assert np.square(node.lora_a).mean() == pytest.approx(1 / 200, rel=0.05)
+    assert np.square(node.lora_b).mean() == pytest.approx(1 / 200, rel=0.05)
+    values = np.linalg.svd(node.lora_a, compute_uv=False)
+    assert values[7] > 1 and values[8] < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)])
+def test_rounds_of_iteration_come_to_the_exact_decomposition(shape):
+    """On a kernel whose singular values fall off by a fifth each; each round brings the product nearer."""
+    u, v = (np.linalg.qr(np.asarray(noise(n, n), np.float64))[0] for n in shape)
+    n = min(shape)
+    kernel = jnp.asarray(u[:, :n] * 0.8 ** np.arange(n) @ v[:n], jnp.float32)
+    best, values = parts(np.asarray(kernel, np.float64), slice(4))
+    found = {}
+    for niter in (0, 1, 8):
+        spec = jlora.LoraSpec(rank=4, alpha=6, init=f"pissa_niter_{niter}")
+        node = jlora.wrap({"kernel": kernel}, spec)["kernel"]
+        found[niter] = np.abs(node.scale * np.asarray(node.lora_a, np.float64) @ node.lora_b - best).max()
+    assert found[0] > 10 * found[1] > 10 * found[8]
+    assert found[8] <= 1e-5
+    np.testing.assert_allclose(np.square(node.lora_a).sum(0) * node.scale, values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant, init", [(v, i) for v in ("lora", "dora", "lora_fa") for i in ("pissa", "olora")])
+@pytest.mark.parametrize("use", ["dense", "some_layers"])
+def test_training_from_parts_of_the_kernel_keeps_the_kernel(variant, init, use):
+    params = before = {"w": USES[use].base}
+    layers = {"layers": LAYERS} if use == "some_layers" else {}
+    spec = jlora.LoraSpec(targets="w", rank=RANK, alpha=ALPHA, variant=variant, init=init, **layers)
+    params = jlora.wrap(params, spec, sites=jlora.sites(USES[use].run, params, USES[use].x))
+    tx = jlora.optimizer(optax.adamw(1e-2), params)
+    state = tx.init(params)
+    for _ in range(3):
+        grads = jlora.grad(lambda p: (jlora.apply(USES[use].run)(p, USES[use].x) ** 2).sum())(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert same_bits(jlora.unwrap(params), before)
+    assert not close(jlora.merge(params)["w"], before["w"], 1e-3)
+
+
+# Biases and rows.
+
+
+def test_lora_bias():
+    """y = x (W + s A B) + bias + s b."""
+    params = {"kernel": noise(IN, OUT), "bias": noise(OUT)}
+    params = moved(jlora.wrap(params, jlora.LoraSpec(rank=RANK, alpha=ALPHA, lora_bias=True)))
+    model = lambda p, x: x @ p["kernel"] + p["bias"]
+    x, weights = noise(5, IN), noise(5, OUT)
+    loss = lambda params: (weights * jlora.apply(model)(params, x)).sum()
+    value, grads = jlora.value_and_grad(loss)(params)
+    whole = {n: np.asarray(getattr(params["kernel"], n), np.float64) for n in ("base", *PAIR)}
+    bias = np.asarray(params["bias"].base, np.float64) + SCALE * np.asarray(params["bias"].lora_bias, np.float64)
+    np.testing.assert_allclose(jlora.merge(params)["bias"], bias, rtol=1e-6)
+    x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
+    expected = (weights * (x @ lora(whole, whole, None) + bias)).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert close(grads["bias"].lora_bias, SCALE * weights.sum(0), 1e-5)
+    assert close(grads["kernel"].lora_a, SCALE * x.T @ weights @ whole["lora_b"].T, 1e-5)
+    assert close(grads["kernel"].lora_b, SCALE * (x @ whole["lora_a"]).T @ weights, 1e-5)
+    assert grads["bias"].base is None and grads["kernel"].base is None
+
+
+ROWS = (7, 3, 4)
+
+
+def with_rows():
+    params = {"table": noise(IN, OUT), "kernel": noise(OUT, 4)}
+    return params, jlora.wrap(params, jlora.LoraSpec(targets="kernel", rank=2, train_tokens={"table": ROWS}))
+
+
+def test_trained_rows_replace_those_of_the_table():
+    params, tree = with_rows()
+    np.testing.assert_array_equal(tree["table"].rows, np.asarray(params["table"])[[*ROWS]])
+    tree = moved(tree)
+    merged, base = np.asarray(jlora.merge(tree)["table"]), np.asarray(params["table"])
+    others = [i for i in range(IN) if i not in ROWS]
+    np.testing.assert_allclose(merged[[*ROWS]], tree["table"].rows, rtol=1e-6, atol=1e-7)
+    assert merged[others].tobytes() == base[others].tobytes()
+    assert same_bits(jlora.unwrap(tree), params)
+
+
+def test_nothing_of_a_table_but_the_rows_trains():
+    _, tree = with_rows()
+    half = jlora.partition(tree)[0]["table"]
+    assert [x.shape for x in jax.tree.leaves(half)] == [(len(ROWS), OUT)]
+    assert half.base is None
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["looked_up", "tied"])
+def test_the_gradient_of_rows_is_that_of_their_lookups(is_tied):
+    tree = moved(with_rows()[1])
+    weights = noise(len(TOKENS), IN if is_tied else OUT)
+
+    def model(p, tokens):
+        x = p["table"][tokens]
+        return x @ p["table"].T if is_tied else x
+
+    grads = jlora.grad(lambda p: (weights * jlora.apply(model)(p, TOKENS)).sum())(tree)
+    table = np.asarray(tree["table"].base, np.float64).copy()
+    table[[*ROWS]] = tree["table"].rows
+    c, unit = np.asarray(weights, np.float64), np.eye(IN)[np.asarray(TOKENS)]
+    expected = unit.T @ c @ table + c.T @ unit @ table if is_tied else unit.T @ c
+    assert close(grads["table"].rows, expected[[*ROWS]], 1e-5)
