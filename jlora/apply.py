@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.checks import check_fit, check_value
+from jlora.fields import leaf_fields
 from jlora.interpret.contract import CONTRACTIONS
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.views import VIEWS
-from jlora.nodes import check_fit, is_node, leaf_fields
-from jlora.paths import flatten, refill
+from jlora.nodes import is_node
+from jlora.paths import checked_key, flatten, refill
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array
@@ -55,6 +57,7 @@ def apply(
 
     Raises:
       ValueError: if `fallback` is none of the three.
+      TypeError: if `rng` is no PRNG key.
       DenseFallbackError: when called, under ``fallback="error"``.
 
     Example:
@@ -65,6 +68,8 @@ def apply(
     """
     if fallback not in FALLBACKS:
         raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
+    if rng is not None:
+        checked_key("apply: rng", rng)
     run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), rng, freeze)
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
 
@@ -82,6 +87,8 @@ def run_on_wrapped(
     if freeze:
         leaves = _frozen((args, kwargs), leaves)
     values = [leaves[i].effective(_inside(paths[i]), _key(rng, paths[i], leaves[i])) for i in places]
+    for i, value in zip(places, values, strict=True):
+        check_value(_inside(paths[i]), leaves[i], value)
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
 

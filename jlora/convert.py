@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.checks import check_fit
 from jlora.interpret.factored import Factored
 from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, LoraParam, TrainableParam, check_fit, is_node
+from jlora.nodes import AdaptedParam, LoraParam, TrainableParam, is_node
 from jlora.paths import flatten
 from jlora.spec import LoraSpec
 from jlora.tree import merge, partition

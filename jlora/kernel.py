@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora import init as inits
 from jlora.axes import Axes
-from jlora.nodes import GROUPS
+from jlora.fields import GROUPS
 
 if TYPE_CHECKING:
     from jlora.spec import LoraSpec
@@ -58,6 +58,10 @@ class Kernel:
 
     def sizes(self, dims: str, **own: int) -> tuple[int, ...]:
         """The shape of a field; `own` has the sizes of the words that are no axes of the kernel."""
+        if missing := [word for word in dims.split() if word not in GROUPS and word not in own]:
+            raise TypeError(
+                f"Kernel.sizes({dims!r}) needs the size of {missing[0]}, as in {missing[0]}=kernel.spec.rank"
+            )
         return tuple(n for word in dims.split() for n in (self._group(word) if word in GROUPS else (own[word],)))
 
     def size(self, word: str) -> int:

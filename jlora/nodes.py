@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
@@ -17,35 +17,12 @@ import numpy as np
 from jax import lax
 
 from jlora.axes import Axes
+from jlora.fields import GROUPS, PAIR, frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
 from jlora.interpret.products import transposed
 
 if TYPE_CHECKING:
     from jlora.kernel import Kernel
-
-GROUPS = ("batch", "in", "out")
-PAIR = ("batch in rank", "batch rank out")
-
-
-def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
-    """A field of a node that trains.
-
-    Args:
-      dims: its axes by name: ``batch``, ``in`` and ``out`` are those of the base (first the batch ones), any other word
-        is an axis of its own, as in ``"batch in rank"``. So it is placed, checked, and put beside the base. A field
-        that holds a tuple of arrays, or an empty one, has a tuple of them.
-    """
-    return dataclasses.field(metadata={"trained": True, "dims": dims}, **kwargs)
-
-
-def frozen(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
-    """A field of a node that stays as it is; arguments as in `trained`."""
-    return dataclasses.field(metadata={"trained": False, "dims": dims}, **kwargs)
-
-
-def static(**kwargs: Any) -> Any:
-    """A field of a node that is part of the tree's structure, not a leaf."""
-    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 _ARRAY_ATTRIBUTES = frozenset(
@@ -239,62 +216,3 @@ class TrainableParam(AdaptedParam):
 def is_node(x: Any) -> bool:
     """Whether `x` is a node of a wrapped tree."""
     return isinstance(x, AdaptedParam)
-
-
-def check_whole(where: str, path: str, node: AdaptedParam) -> None:
-    """Refuses a node that lacks some of its arrays."""
-    if any(x is None for f in leaf_fields(node) for x in jax.tree.leaves(getattr(node, f.name), is_leaf=_is_none)):
-        raise ValueError(
-            f"{where}: {path} lacks some of its arrays, as in one half of jlora.partition; jlora.combine the two first"
-        )
-
-
-def check_fit(where: str, path: str, node: AdaptedParam) -> None:
-    """Refuses a node that is not whole, or whose factors are not those of its base."""
-    check_whole(where, path, node)
-    fields: list[tuple[str, Any]] = []
-    map_fields(lambda dims, x: fields.append((dims, x)) if dims else None, node)
-    known = {word: size for dims, x in fields for word, size in _own_sizes(node, dims, x).items()}
-    expected = tuple(sizes_of(node, dims, known) for dims, _ in fields)
-    found = tuple(tuple(x.shape) for _, x in fields)
-    if found != expected:
-        raise ValueError(
-            f"{where}: the factors of {path} have shapes {found}, but beside its base of shape {tuple(node.shape)} "
-            f"they have {expected}: these are of another kernel, or stacked and not under jax.vmap"
-        )
-
-
-def sizes_of(node: Any, dims: str, known: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a field of a node: `known` has the sizes of its own words."""
-    sizes = lambda word: [node.shape[axis] for axis in getattr(node.axes, f"{word}_axis")]
-    groups = [sizes(word) if word in GROUPS else [known[word]] for word in dims.split()]
-    if dims.startswith("batch") and getattr(node, "layers", None) is not None:
-        groups[0][0] = len(node.layers)
-    return tuple(size for group in groups for size in group)
-
-
-def map_fields(fn: Callable[[str, Any], Any], node: Any) -> Any:
-    """The node with ``fn(dims, array)`` for each of its arrays."""
-
-    def mapped(dims: Any, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(fn(d, x) for d, x in zip(dims, value, strict=bool(value)))
-        return fn(dims, value)
-
-    given = {f.name: mapped(f.metadata.get("dims", ""), getattr(node, f.name)) for f in leaf_fields(node)}
-    return dataclasses.replace(node, **given)
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _own_sizes(node: Any, dims: str, x: Any) -> dict[str, int]:
-    """The sizes of the words of `dims` that are no axes of the base, as x has them."""
-    words = [w for word in dims.split() for w in ([word] * len(getattr(node.axes, f"{word}_axis", (0,))))]
-    return {word: size for word, size in zip(words, x.shape, strict=False) if word not in GROUPS}
-
-
-def leaf_fields(node: AdaptedParam) -> list[dataclasses.Field]:
-    """The fields of a node that hold arrays."""
-    return [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]

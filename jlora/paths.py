@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import regex
 
@@ -58,6 +59,18 @@ def refill(treedef: Any, leaves: list[Any], places: list[int]) -> Callable[[list
         return treedef.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     return rebuild
+
+
+def checked_key(name: str, key: Any) -> Any:
+    """The PRNG key, if it is one.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
+        raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0), found {key!r}")
+    return key
 
 
 def _is_array(leaf: Any) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 
 from jlora.apply import RULES, run_on_wrapped
+from jlora.checks import check_whole
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
-from jlora.nodes import check_whole, is_node
+from jlora.nodes import is_node
 from jlora.paths import flatten, split_arrays
 from jlora.tree import TRAINABLE, has_nodes, labels, unwrap
 

@@ -44,8 +44,9 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
         targets = linear - full - excluded - {*tokens}
     else:
         targets = _named(params, paths, by_path, kernels, spec) - excluded
-        _disjoint(targets, full | {*tokens})
-    _disjoint({*tokens}, full)
+        _disjoint("targets", targets, "train", full)
+        _disjoint("targets", targets, "train_tokens", {*tokens})
+    _disjoint("train", full, "train_tokens", {*tokens})
     if not targets and not full and not tokens and spec.bias != "all":
         raise ValueError(
             f"wrap: targets={_shown(spec.targets)} with exclude={_shown(spec.exclude)} leaves nothing to adapt. "
@@ -58,10 +59,17 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     return Selection(targets, full, tokens)
 
 
-def sites_of(sites: Sites | None, paths: Sequence[str]) -> Sites | None:
+def sites_of(sites: Sites | None, leaves: Mapping[str, Any]) -> Sites | None:
     """The sites keyed as the leaves are, if they were traced on ``{"params": params}``, say."""
-    if sites is None or not paths or any(path in sites for path in paths):
+    paths = [path for path, leaf in leaves.items() if hasattr(leaf, "shape")]
+    if sites is None or all(path in sites for path in paths):
         return sites
+    if any(path in sites for path in paths):
+        missing = [path for path in paths if path not in sites]
+        raise ValueError(
+            f"wrap: sites do not have {_some(missing)}, which the parameters have: they are of another tree, or of a "
+            "part of this one. Call jlora.sites with the tree that is wrapped as its second argument"
+        )
     prefixes = {name.removesuffix(paths[0]) for name in sites if name.endswith("/" + paths[0])}
     for prefix in prefixes:
         if all(prefix + path in sites for path in paths):
@@ -151,11 +159,9 @@ def _check_trainable(path: str, leaf: Any) -> None:
         raise ValueError(f"wrap: {path} can't train, since it is {found}, not floating; take it out of train")
 
 
-def _disjoint(targets: set[str], full: set[str]) -> None:
-    if both := sorted(targets & full):
-        raise ValueError(
-            f"wrap: {_some(both)} stands both in targets and in train; a leaf is adapted or trained in full"
-        )
+def _disjoint(one: str, paths: set[str], other: str, others: set[str]) -> None:
+    if both := sorted(paths & others):
+        raise ValueError(f"wrap: {_some(both)} stands both in {one} and in {other}; one of them is to decide")
 
 
 def biases_of(leaves: Mapping[str, Any], targets: Iterable[str], mode: str) -> set[str]:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora.fields import GROUPS, map_fields
 from jlora.interpret.compat import is_traced
-from jlora.nodes import GROUPS, map_fields
 
 
 def of_node(node: Any, base: Any) -> Any:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jlora import init as inits
 from jlora.axes import Axes
 from jlora.nodes import AdaptedParam
-from jlora.paths import Pattern, matcher, text_of
+from jlora.paths import Pattern, matcher
 from jlora.settings import from_axolotl, from_llamafactory, from_peft
+from jlora.validate import (
+    axes_of,
+    check_known,
+    float_dtype,
+    indices,
+    mapping,
+    override,
+    patterns,
+    plain_data,
+    target_tuple,
+    validate,
+)
 from jlora.variants import VARIANTS
-
-BIASES = ("none", "all", "lora_only")
-OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "variant", "options", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,18 +96,18 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
-        put("targets", _target_tuple(self.targets))
+        put("targets", target_tuple(self.targets))
         put("rank", int(self.rank) if isinstance(self.rank, np.integer) else self.rank)
-        put("exclude", _patterns("exclude", self.exclude))
-        put("train", _patterns("train", self.train))
-        put("axes", {pattern: _axes(pattern, value) for pattern, value in _mapping("axes", self.axes)})
-        put("layers", None if self.layers is None else _indices("layers", self.layers))
-        tokens = {p: _indices(f"train_tokens[{p!r}]", ids) for p, ids in _mapping("train_tokens", self.train_tokens)}
+        put("exclude", patterns("exclude", self.exclude))
+        put("train", patterns("train", self.train))
+        put("axes", {pattern: axes_of(pattern, value) for pattern, value in mapping("axes", self.axes)})
+        put("layers", None if self.layers is None else indices("layers", self.layers))
+        tokens = {p: indices(f"train_tokens[{p!r}]", ids) for p, ids in mapping("train_tokens", self.train_tokens)}
         put("train_tokens", tokens)
-        put("options", dict(_mapping("options", self.options)))
-        put("dtype", None if self.dtype is None else _float_dtype(self.dtype))
-        _validate(self)
-        put("overrides", {p: _override(self, p, value) for p, value in _mapping("overrides", self.overrides)})
+        put("options", dict(mapping("options", self.options)))
+        put("dtype", None if self.dtype is None else float_dtype(self.dtype))
+        validate(self)
+        put("overrides", {p: override(self, p, value) for p, value in mapping("overrides", self.overrides)})
 
     def __hash__(self) -> int:
         return hash((self.rank, self.alpha, self.dropout, self.scaling, self.bias, self.seed))
@@ -112,6 +116,11 @@ class LoraSpec:
     def node(self) -> type[AdaptedParam]:
         """The class of the variant."""
         return VARIANTS[self.variant] if isinstance(self.variant, str) else self.variant
+
+    @property
+    def variant_name(self) -> str:
+        """As messages call it."""
+        return f"variant {self.variant!r}" if isinstance(self.variant, str) else f"variant {self.variant.__name__}"
 
     @property
     def scale(self) -> float:
@@ -134,7 +143,7 @@ class LoraSpec:
           TypeError: if `targets`, `init` or `variant` is a function, a class or a tree, which no file holds.
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: _plain(name, value) for name, value in fields.items() if value is not None}
+        return {name: plain_data(name, value) for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LoraSpec:
@@ -143,7 +152,7 @@ class LoraSpec:
         Raises:
           ValueError: if a setting is unknown.
         """
-        _known("LoraSpec", data, [f.name for f in dataclasses.fields(cls)])
+        check_known("LoraSpec", data, [f.name for f in dataclasses.fields(cls)])
         return cls(**data)
 
     @classmethod
@@ -225,142 +234,3 @@ def _spec_of(cls: type[LoraSpec], name: str, fields: Mapping[str, Any]) -> LoraS
         return cls(**fields)
     except ValueError as error:
         raise ValueError(f"LoraSpec.{name}: {str(error).removeprefix('LoraSpec: ')}") from None
-
-
-def _target_tuple(targets: Any) -> Any:
-    if (isinstance(targets, str) and targets == "all-linear") or callable(targets):
-        return targets
-    leaves = jax.tree.leaves(targets)
-    if leaves and all(isinstance(leaf, bool) for leaf in leaves):
-        return targets
-    if not isinstance(targets, (str, re.Pattern, Sequence)) or isinstance(targets, bytes) or not targets:
-        raise ValueError(
-            'LoraSpec: targets must be "all-linear", patterns, a function (path, leaf) -> bool or a tree of booleans, '
-            f"found {targets!r}"
-        )
-    return _patterns("targets", targets)
-
-
-def _patterns(name: str, value: Any) -> tuple[Pattern, ...]:
-    is_many = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-    patterns: tuple[Any, ...] = tuple(value) if is_many else (value,)
-    for pattern in patterns:
-        _expect(isinstance(pattern, (str, re.Pattern)), name, "a pattern (a string) or a sequence of them", value)
-        matcher(pattern)
-    return patterns
-
-
-def _mapping(name: str, value: Any) -> list[tuple[str, Any]]:
-    _expect(isinstance(value, Mapping), name, "a mapping from patterns", value)
-    _patterns(name, list(value))
-    return list(value.items())
-
-
-def _override(spec: LoraSpec, pattern: str, settings: Any) -> dict[str, Any]:
-    where = f"overrides[{pattern!r}]"
-    _expect(isinstance(settings, Mapping), where, "a mapping of settings", settings)
-    _known(where, settings, OVERRIDABLE)
-    try:
-        checked = dataclasses.replace(spec, **settings, overrides={})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    found = {name: getattr(checked, name) for name in settings}
-    return found | {"dtype": jnp.dtype(jnp.float32)} if found.get("dtype", 0) is None else found
-
-
-def _axes(pattern: str, value: Any) -> Axes:
-    if isinstance(value, Axes):
-        return value
-    if isinstance(value, Mapping):
-        _known(f"axes[{pattern!r}]", value, ["in_axis", "out_axis", "batch_axis"])
-    try:
-        return Axes(**value) if isinstance(value, Mapping) else Axes(*value)
-    except TypeError:
-        expected = "jlora.Axes, or its in_axis, out_axis and batch_axis"
-        raise ValueError(f"LoraSpec: axes[{pattern!r}] must be {expected}, found {value!r}") from None
-
-
-def _float_dtype(value: Any) -> np.dtype:
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = np.dtype(object)
-    _expect(jnp.issubdtype(dtype, jnp.floating), "dtype", "a floating type", value)
-    return dtype
-
-
-def _validate(spec: LoraSpec) -> None:
-    _expect(type(spec.rank) is int and spec.rank >= 1, "rank", "an integer of at least 1", spec.rank)
-    _expect(_is_number(spec.alpha) and spec.alpha > 0, "alpha", "a positive finite number", spec.alpha)
-    _expect(_is_number(spec.dropout) and 0 <= spec.dropout < 1, "dropout", "a rate in [0, 1)", spec.dropout)
-    is_scale = spec.scaling in ("alpha/r", "rslora") if isinstance(spec.scaling, str) else _is_number(spec.scaling)
-    _expect(is_scale, "scaling", '"alpha/r", "rslora" or a finite number', spec.scaling)
-    is_init = (
-        callable(spec.init) or inits.spectral(spec.init) or (isinstance(spec.init, str) and spec.init in inits.RANDOM)
-    )
-    names = (*inits.RANDOM, *inits.SPECTRAL, "pissa_niter_N")
-    _expect(bool(is_init), "init", f"one of {names} or a function", spec.init)
-    is_class = isinstance(spec.variant, type) and issubclass(spec.variant, AdaptedParam)
-    is_variant = is_class or (isinstance(spec.variant, str) and spec.variant in VARIANTS)
-    _expect(is_variant, "variant", f"one of {tuple(VARIANTS)}, or a subclass of jlora.AdaptedParam", spec.variant)
-    _known(f"variant {spec.node.__name__}: options", spec.options, list(spec.node.OPTIONS))
-    _check_settings(spec)
-    _expect(isinstance(spec.lora_bias, bool), "lora_bias", "True or False", spec.lora_bias)
-    is_name = spec.layers_name is None or (isinstance(spec.layers_name, str) and spec.layers_name != "")
-    _expect(is_name, "layers_name", "the name of the list of layers, or None", spec.layers_name)
-    _expect(spec.bias in BIASES, "bias", f"one of {BIASES}", spec.bias)
-    _expect(type(spec.seed) is int, "seed", "an integer", spec.seed)
-
-
-def _check_settings(spec: LoraSpec) -> None:
-    """Refuses a setting that means nothing to the variant."""
-    for field in dataclasses.fields(spec):
-        given = getattr(spec, field.name)
-        if field.name in ("init", "dropout") and field.name not in spec.node.SETTINGS and given != field.default:
-            raise ValueError(f"LoraSpec: {field.name}={given!r} means nothing to {spec.node.__name__}; leave it out")
-
-
-def _indices(name: str, value: Any) -> tuple[int, ...]:
-    is_many = isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
-    expected = "a sequence of different indices of at least 0"
-    _expect(is_many and len(value) > 0, name, expected, value)
-    indices = tuple(int(n) for n in value if isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0)
-    _expect(len(indices) == len(value) == len({*indices}), name, expected, value)
-    return indices
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _expect(holds: bool, name: str, expected: str, found: Any) -> None:
-    if not holds:
-        raise ValueError(f"LoraSpec: {name} must be {expected}, found {found!r}")
-
-
-def _known(where: str, data: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in data:
-        if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where} has no setting {name!r}{hint} (it has {', '.join(names)})")
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, re.Pattern):
-        return text_of(value)
-    if isinstance(value, Axes):
-        return {k: list(v) for k, v in dataclasses.asdict(value).items()}
-    if isinstance(value, bool) and name != "targets":
-        return value
-    if isinstance(value, Mapping) and name != "targets":
-        return {k: _plain(name, v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(name, v) for v in value]
-    if isinstance(value, np.dtype):
-        return value.name
-    if isinstance(value, np.number):
-        return value.item()
-    if not isinstance(value, (str, int, float)):
-        raise TypeError(f"LoraSpec.to_dict: {name} is {value!r}, which plain data can't hold; use patterns or a name")
-    return value

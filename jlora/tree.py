@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.checks import check_fit, check_whole
+from jlora.fields import leaf_fields
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
-from jlora.nodes import check_fit, is_node, leaf_fields
+from jlora.nodes import is_node
 from jlora.paths import flatten
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -91,8 +93,13 @@ def unwrap(tree: Any) -> Any:
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
+      ValueError: if a base is missing, as in the trainable half of `partition`.
     """
-    return jax.tree.map(lambda x: x.base if is_node(x) else x, _wrapped("unwrap", tree), is_leaf=is_node)
+    paths, leaves, treedef = flatten(_wrapped("unwrap", tree), is_node)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_node(leaf) and leaf.base is None:
+            check_whole("unwrap", path, leaf)
+    return treedef.unflatten([leaf.base if is_node(leaf) else leaf for leaf in leaves])
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
@@ -148,15 +155,20 @@ def _joined(path: str, a: Any, b: Any) -> Any:
 
 def _structure(x: Any) -> Any:
     """A node's structure, whichever of its arrays are there."""
-    return jax.tree.structure(x, is_leaf=lambda x: not is_node(x))
+    return jax.tree.structure(x, is_leaf=lambda x: not (is_node(x) or isinstance(x, tuple)))
 
 
 def _told(x: Any) -> str:
     """A node without its arrays: its kind, axes, scale."""
     if not is_node(x):
         return "nothing" if x is None else "a plain leaf"
-    facts = [f.name for f in dataclasses.fields(x) if f.metadata.get("static")]
-    return f"{type(x).__name__}({', '.join(f'{name}={getattr(x, name)!r}' for name in facts)})"
+    facts = [f"{f.name}={getattr(x, f.name)!r}" for f in dataclasses.fields(x) if f.metadata.get("static")]
+    parts = [f"{f.name}={'(...)' if getattr(x, f.name) else '()'}" for f in leaf_fields(x) if _is_tuple(x, f)]
+    return f"{type(x).__name__}({', '.join(facts + parts)})"
+
+
+def _is_tuple(node: Any, field: dataclasses.Field) -> bool:
+    return isinstance(getattr(node, field.name), tuple)
 
 
 def _either(path: str, a: Any, b: Any) -> Any:
@@ -189,5 +201,6 @@ def has_nodes(tree: Any) -> bool:
 
 def _wrapped(name: str, tree: Any) -> Any:
     if not has_nodes(tree):
-        raise TypeError(f"{name} takes a tree that jlora.wrap returned; no leaf of this one is wrapped (merged twice?)")
+        twice = " (merged twice?)" if name == "merge" else ""
+        raise TypeError(f"{name} takes a tree that jlora.wrap returned; no leaf of this one is wrapped{twice}")
     return tree

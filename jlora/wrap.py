@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jlora import sharding
+from jlora.checks import check_made
 from jlora.conventions import kernel_axes
 from jlora.interpret.sites import Site
 from jlora.kernel import Kernel
 from jlora.layers import chosen_paths, chosen_slices
 from jlora.nodes import AdaptedParam, TrainableParam, is_node
-from jlora.paths import flatten
+from jlora.paths import checked_key, flatten
 from jlora.select import biases_of, lora_biases, select, sites_of
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
@@ -64,19 +65,19 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
                 f"wrap: {path} is wrapped already ({type(leaf).__name__}); use jlora.merge or jlora.unwrap on the tree "
                 "first, or put all targets into one spec"
             )
-    found = sites_of(sites, paths)
     by_path = dict(zip(paths, leaves, strict=True))
+    found = sites_of(sites, by_path)
     chosen = select(params, by_path, spec, found)
     kernels = {path: _kernel(path, by_path, spec, found) for path in sorted(chosen.targets)}
     kept = chosen_paths(kernels, spec.layers, spec.layers_name, {p for p, k in kernels.items() if k.axes.batch_axis})
     kernels = {path: _of_layers(kernels[path]) for path in kept}
     biases = lora_biases(by_path, kernels) if spec.lora_bias else {}
     full = chosen.full | (biases_of(by_path, kernels, spec.bias) - {*biases})
-    key = jax.random.key(spec.seed) if key is None else key
+    root = jax.random.key(spec.seed) if key is None else checked_key("wrap: key", key)
 
     def node(path: str, leaf: Any) -> Any:
         if path in kernels:
-            return adapt(leaf, kernels[path], jax.random.fold_in(key, zlib.crc32(path.encode())))
+            return adapt(leaf, kernels[path], jax.random.fold_in(root, zlib.crc32(path.encode())))
         if path in biases:
             return LoraBiasParam.create(leaf, biases[path])
         if path in chosen.tokens:
@@ -90,7 +91,9 @@ def adapt(base: Any, kernel: Kernel, key: jax.Array) -> AdaptedParam:
     """The node of one kernel, its arrays placed as the base is."""
     with_base: Any = dataclasses.replace
     make = lambda base, key: with_base(kernel.spec.node.create(base, kernel, key), base=None)
-    return with_base(sharding.placed(make, base, key), base=base)
+    node = with_base(sharding.placed(make, base, key), base=base)
+    check_made(kernel.path, node)
+    return node
 
 
 def _kernel(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Mapping[str, Site] | None) -> Kernel:
@@ -121,7 +124,7 @@ def _check(kernel: Kernel, dtype: Any) -> None:
         )
     if kernel.kind not in spec.node.KINDS:
         raise ValueError(
-            f"wrap: {spec.node.__name__} adapts no {kernel.kind}, but {path} of shape {shape} is one (it adapts "
+            f"wrap: {spec.variant_name} adapts no {kernel.kind}, but {path} of shape {shape} is one (it adapts "
             f"{', '.join(spec.node.KINDS)}). Exclude it, or give it another variant with overrides={{{path!r}: "
             "{'variant': 'lora'}}"
         )

@@ -1,5 +1,8 @@
 """What trains beside the adapters: rows of tables, biases of updates; and what a spec refuses."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 import jlora
+from jlora import variants as v
 from tests.support import error, same_bits
 
 
@@ -76,24 +80,26 @@ def test_the_bias_of_an_update():
         ({"targets": "dense", "train_tokens": {"embed": [11]}}, r"train_tokens names \[11\], but .* has 11 rows"),
         ({"targets": "dense", "train_tokens": {"bias": [1]}}, "none of which is a table"),
         ({"targets": "dense", "train_tokens": {"nothing": [1]}}, "matches no leaf. Nearest"),
-        ({"targets": ["dense", "embed"], "train_tokens": {"embed": [1]}}, "stands both in targets and in train"),
+        ({"targets": ["dense", "embed"], "train_tokens": {"embed": [1]}}, "stands both in targets and in train_tokens"),
         ({"targets": "dense", "train": "embed", "train_tokens": {"embed": [1]}}, "stands both"),
         (
             {"targets": ["dense", "bare"], "lora_bias": True},
             r"needs a bias beside each target, but bare/kernel has none",
         ),
         (
-            {"targets": "dense", "variant": "oft"},
-            r"options=.*does not fit dense/kernel .*must divide the last in axis, 6",
+            {"variant": "oft", "options": {"block_size": 4}},
+            r"options=.*does not fit dense/kernel .* axis, 6: block_size is one of \[2, 3, 6\]",
         ),
-        ({"targets": "dense", "variant": "ia3", "options": {"on": "up"}}, "it is 'out' or 'in'"),
-        ({"targets": "dense", "variant": "lokr", "options": {"factor": 0}}, "at least 1, or -1"),
+        ({"variant": "ia3", "options": {"on": "up"}}, "it is 'out' or 'in'"),
+        ({"variant": "lokr", "rank": 2, "options": {"factor": 0}}, "at least 1, or -1"),
         ({"targets": "dense", "init": "orthogonal", "rank": 3}, "must be even, found 3"),
     ],
 )
 def test_what_does_not_fit_the_tree(settings, message):
     with pytest.raises(ValueError, match=message):
-        jlora.wrap(tree(), jlora.LoraSpec(**({"rank": 2} | settings)))
+        jlora.wrap(
+            tree(), jlora.LoraSpec(**({"targets": "dense"} | ({} if "variant" in settings else {"rank": 2}) | settings))
+        )
 
 
 @pytest.mark.parametrize(
@@ -101,10 +107,13 @@ def test_what_does_not_fit_the_tree(settings, message):
     [
         ({"variant": "lokar"}, "variant must be one of .*'lokr'.* subclass of jlora.AdaptedParam"),
         ({"variant": dict}, "variant must be"),
-        ({"options": {"block_size": 4}}, "LoraParam: options has no setting 'block_size'"),
+        ({"options": {"block_size": 4}}, "variant 'lora': options has no setting 'block_size' .it has none"),
         ({"variant": "oft", "options": {"blocksize": 4}}, "did you mean 'block_size'"),
-        ({"variant": "oft", "dropout": 0.1}, "dropout=0.1 means nothing to OftParam"),
-        ({"variant": "vera", "init": "pissa"}, "init='pissa' means nothing to VeraParam"),
+        ({"variant": "DoRA"}, "did you mean 'dora'"),
+        ({"init": "pisa"}, "did you mean 'pissa'"),
+        ({"init": "eva"}, "jlora.init.eva"),
+        ({"variant": "oft", "dropout": 0.1}, "dropout=0.1 means nothing to variant 'oft'"),
+        ({"variant": "vera", "init": "pissa"}, "init='pissa' means nothing to variant 'vera'"),
         ({"init": "pissa_niter_x"}, "init must be one of .*pissa_niter_N"),
         ({"lora_bias": 1}, "lora_bias must be True or False"),
         ({"train_tokens": {"embed": "12"}}, r"train_tokens\['embed'\] must be a sequence of different indices"),
@@ -124,6 +133,95 @@ def test_overrides_may_change_the_variant():
     params = jlora.wrap(tree(), spec)
     assert [type(params[name]["kernel"]).__name__ for name in ("dense", "bare")] == ["LoraParam", "OftParam"]
     assert jlora.LoraSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_blocks_of_a_rotation_that_fit():
+    params = {"w": jnp.ones((36, 4)), "v": jnp.ones((64, 4)), "u": jnp.ones((10, 4))}
+    sizes = lambda variant: {
+        name: (node.size, node.oft_q.shape[0])
+        for name, node in jlora.wrap(params, jlora.LoraSpec(targets=["w", "v", "u"], variant=variant)).items()
+    }
+    assert sizes("oft") == {"w": (18, 1), "v": (32, 1), "u": (10, 1)}
+    assert sizes("boft") == {"w": (3, 2), "v": (4, 2), "u": (2, 1)}
+
+
+def test_another_variant_takes_over_only_what_it_has():
+    overrides = {"bare": {"variant": "loha"}, "dense": {"variant": "oft", "options": {"block_size": 2}}}
+    spec = jlora.LoraSpec(targets=["dense", "bare"], rank=2, alpha=6, init="pissa", dropout=0.1, overrides=overrides)
+    params = jlora.wrap(tree(), spec)
+    assert params["bare"]["kernel"].scale == 3 and params["bare"]["kernel"].dropout == 0.1
+    assert type(params["dense"]["kernel"]).__name__ == "OftParam"
+    assert jlora.LoraSpec.from_dict(spec.to_dict()) == spec
+
+
+def own(**changes):
+    """A variant with something changed."""
+    fields = {"base": v.frozen(), "w": v.trained("batch in rank"), "axes": v.static(), "layers": v.static(default=None)}
+    body = (
+        {
+            "__annotations__": dict.fromkeys(fields | changes.get("fields", {}), Any),
+            "create": classmethod(lambda cls, base, kernel, key: cls(base, jnp.zeros_like(base), **kernel.place)),
+            "effective": lambda self, name, key: self.w,
+            "SETTINGS": (),
+        }
+        | fields
+        | changes.pop("fields", {})
+        | changes
+    )
+    cls = type("Own", (jlora.AdaptedParam,), {name: x for name, x in body.items() if x is not None})
+    return dataclasses.dataclass(frozen=True, eq=False)(cls)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fields": {"extra": dataclasses.field(default=0)}}, "field extra is declared with none of trained, frozen"),
+        ({"create": None}, "no classmethod create"),
+        ({"fields": {"w": v.frozen("batch in rank")}}, "none of its fields is trained"),
+    ],
+)
+def test_a_class_that_is_no_variant_yet(changes, message):
+    with pytest.raises(ValueError, match=f"variant Own is no variant yet: .*{message}"):
+        jlora.LoraSpec(variant=own(**changes))
+
+
+def test_a_variant_that_makes_something_else():
+    with pytest.raises(TypeError, match=r"Own is no pytree; put @jax.tree_util.register_dataclass above"):
+        jlora.wrap(tree(), jlora.LoraSpec(targets="dense", variant=own()))
+    cls = jax.tree_util.register_dataclass(own(fields={"w": v.trained("batch out rank")}))
+    with pytest.raises(
+        ValueError, match=r"Own.create made w of shape \(6, 8\) for dense/kernel .* dims 'batch out rank'"
+    ):
+        jlora.wrap(tree(), jlora.LoraSpec(targets="dense", variant=cls))
+    cls = jax.tree_util.register_dataclass(own(fields={"w": v.trained("batch in size")}, effective=lambda *_: None))
+    with pytest.raises(TypeError, match=r"Own.effective returned None for dense/kernel; it returns a Factored"):
+        jlora.apply(model)(jlora.wrap(tree(), jlora.LoraSpec(targets="dense", variant=cls)), TOKENS)
+    bare = lambda self, name, key: v.low_rank(self.base, self.w, self.w)
+    cls = jax.tree_util.register_dataclass(own(fields={"w": v.trained("batch in size")}, effective=bare))
+    with pytest.raises(ValueError, match=r"the factor 'a' that Own.effective gives .* self.beside"):
+        jlora.apply(model)(jlora.wrap(tree(), jlora.LoraSpec(targets="dense", variant=cls)), TOKENS)
+
+
+def test_keys_and_sites_are_what_they_should_be():
+    params = jlora.wrap(tree(), jlora.LoraSpec(targets="dense", rank=2))
+    with pytest.raises(TypeError, match=r"apply: rng must be a PRNG key, such as jax.random.key\(0\), found 0"):
+        jlora.apply(model, rng=0)
+    with pytest.raises(TypeError, match="wrap: key must be a PRNG key"):
+        jlora.wrap(tree(), jlora.LoraSpec(rank=2), key=0)
+    part = {name: leaf for name, leaf in tree().items() if name != "bare"}
+    sites = jlora.sites(lambda p, tokens: p["embed"]["embedding"][tokens] @ p["dense"]["kernel"], part, TOKENS)
+    with pytest.raises(ValueError, match="sites do not have bare/kernel, which the parameters have"):
+        jlora.wrap(tree(), jlora.LoraSpec(rank=2), sites=sites)
+    with pytest.raises(ValueError, match=r"unwrap: dense/kernel lacks some of its arrays"):
+        jlora.unwrap(jlora.partition(params)[0])
+
+
+def test_halves_with_and_without_a_start():
+    wrapped = lambda init: jlora.wrap(tree(), jlora.LoraSpec(targets="dense", rank=2, init=init))
+    with pytest.raises(
+        ValueError, match=r"combine: dense/kernel differs: .*start=\(...\).* in the one tree, .*start=\(\)"
+    ):
+        jlora.combine(jlora.partition(wrapped("pissa"))[0], jlora.partition(wrapped("kaiming"))[1])
 
 
 def test_a_class_of_ones_own_is_no_plain_data():

@@ -17,10 +17,11 @@ import numpy as np
 
 from jlora.apply import apply
 from jlora.axes import Axes
+from jlora.fields import PAIR, frozen, static, trained
 from jlora.init.spectral import leading
 from jlora.interpret.factored import Factored, low_rank
-from jlora.nodes import PAIR, AdaptedParam, frozen, is_node, static, trained
-from jlora.paths import refill
+from jlora.nodes import AdaptedParam, is_node
+from jlora.paths import flatten, refill
 from jlora.tree import unwrap
 
 Loss = Callable[[Any, Any], Any]
@@ -151,7 +152,10 @@ def lora_ga(
     """
     nodes, put = _adapted("lora_ga", tree)
     batches = _some("lora_ga", batches)
-    list(map(_check_twice, nodes))
+    paths, leaves, _ = flatten(tree, is_node)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if hasattr(leaf, "start"):
+            _check_twice(path, leaf)
 
     def plain(bases: list[Any], tree: Any, batch: Any) -> jax.Array:
         nodes, put = _adapted("lora_ga", tree)
@@ -164,12 +168,13 @@ def lora_ga(
     return put([_from_gradient(*each, gamma, niter) for each in zip(nodes, grads, keys, strict=True)])
 
 
-def _check_twice(node: Any) -> None:
+def _check_twice(path: str, node: Any) -> None:
     rank, sizes = node.lora_a.shape[-1], (_size(node, node.axes.in_axis), _size(node, node.axes.out_axis))
     if 2 * rank > min(sizes):
         raise ValueError(
-            f"lora_ga: it takes 2 x rank singular vectors, but a kernel of shape {tuple(node.shape)} maps {sizes[0]} "
-            f"to {sizes[1]}, so it has {min(sizes)}, fewer than 2 x {rank}. Lower its rank, or exclude it"
+            f"lora_ga: it takes 2 x rank singular vectors, but {path} of shape {tuple(node.shape)} maps {sizes[0]} to "
+            f"{sizes[1]}, so it has {min(sizes)}, fewer than 2 x {rank}. Lower its rank with "
+            f"overrides={{{path!r}: {{'rank': {min(sizes) // 2}}}}}, or exclude it"
         )
 
 
@@ -192,11 +197,19 @@ def _adapted(name: str, tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     places = [i for i, leaf in enumerate(leaves) if is_node(leaf) and hasattr(leaf, "start")]
     if not places:
-        raise ValueError(f"{name}: no leaf of this tree has low-rank factors to initialise; pass jlora.wrap's result")
+        kinds = sorted({type(leaf).__name__ for leaf in leaves if is_node(leaf)})
+        found = f"it has {', '.join(kinds)}" if kinds else "nothing in it is wrapped"
+        raise ValueError(
+            f"{name}: the second argument is a tree of jlora.wrap with variant 'lora', 'dora' or 'lora_fa'; {found}"
+        )
     return [leaves[i] for i in places], refill(treedef, leaves, places)
 
 
 def _some(name: str, batches: Iterable[Any]) -> list[Any]:
+    if isinstance(batches, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name}: batches is an array of shape {batches.shape}; it takes a sequence of batches, [batch]"
+        )
     batches = list(batches)
     if not batches:
         raise ValueError(

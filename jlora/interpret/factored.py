@@ -45,7 +45,7 @@ class Tracked:
 class Factored(Tracked):
     """Stands for ``R (g * (base + scale * sum_r a * b))``: low-rank factors, an output scale, an input transform.
 
-    `jlora.interpret.factored.low_rank`, `gained` and `turned_by` make one; each factor has a role:
+    `low_rank`, `plain`, `gained` and `turned_by` make one; each factor has a role:
 
     * ``"a"``, ``"b"``: of shape (axes or 1..., r), multiplied with each other and summed over the rank. An axis that a
       owns alone is an in axis, one that b owns alone an out axis, one that both own a batch axis.
@@ -121,7 +121,7 @@ def low_rank(base: Any, a: Any, b: Any, **settings: Any) -> Factored:
 
 
 def gained(weight: Factored, gain: Any) -> Factored:
-    """The weight with an output scale, of shape (axes or 1..., 1)."""
+    """The weight with an output scale, of shape (axes or 1..., 1), as ``node.beside(gain, "batch out", fill=1)`` is."""
     return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"))
 
 

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jlora.interpret.compat import is_traced
 from jlora.interpret.products import wide
 from jlora.nodes import is_node
+from jlora.optim.fit import check_gradients, is_hole
 from jlora.optim.triplets import Schedule, chosen, importance, map_nodes, pruned, running_mean, sensitivity_of, weights
 from jlora.paths import flatten
 from jlora.variants.adalora import AdaLoraParam
@@ -55,8 +57,12 @@ def adalora(
     stays there for the last `final_steps`. The b(t) most important triplets of all kernels together are kept. Of the
     others ``lora_e`` becomes exactly zero; until the last phase, where the choice is fixed, they may come back.
 
-    It goes inside `jlora.optimizer`, and nothing may rescale its updates of ``lora_e``; `optax.MultiSteps` goes around
-    it. Add `jlora.variants.adalora.orthogonality` to the loss. `ranks` tells what is left of each kernel.
+    It goes inside `jlora.optimizer`; `optax.MultiSteps` goes around it. Nothing may rescale its updates of ``lora_e``:
+    behind `optax.chain(adalora(...), optax.scale(0.5))` a value that should be zero is halved, and no kernel ever loses
+    a rank. Scale within `tx`. An update that runs outside of jit refuses such values one step later; under jit nothing
+    can be raised, and `ranks` that do not fall are the only sign.
+
+    Add `jlora.variants.adalora.orthogonality` to the loss. `ranks` tells what is left of each kernel.
 
     Args:
       tx: any optax transformation.
@@ -72,7 +78,8 @@ def adalora(
 
     Raises:
       ValueError: if the phases do not fit into `total_steps`, or a number is out of its range; from `init`, if the tree
-        has no AdaLoRA kernel, or fewer triplets than the target; from `update` without parameters.
+        has no AdaLoRA kernel, or fewer triplets than the target; from `update` without parameters, where a frozen base
+        would be trained, and (outside of jit) where a value that the last update zeroed is not zero.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax
@@ -101,7 +108,15 @@ def adalora(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, AdaLoraState]:
         if params is None:
             raise ValueError("adalora: it needs the parameters: tx.update(grads, state, params)")
-        grads, (updates, inner) = updates, tx.update(updates, state.inner, params, **extra)
+        _check_zeroed(params, state, schedule)
+        grads = updates
+        try:
+            updates, inner = tx.update(grads, state.inner, params, **extra)
+        except Exception:
+            check_gradients("adalora", grads, params, "the parameters")
+            _check_holes(grads, params)
+            raise
+        _check_base(updates)
         step = state.count + 1
         learns = step < schedule.end
         now = map_nodes(sensitivity_of, params, updates, grads)
@@ -162,6 +177,38 @@ def _check_ranks(params: Any, target_rank: int) -> None:
             f"adalora: target_rank={target_rank} is more than the kernels have: {triplets} triplets in {kernels} "
             f"kernels, {triplets / kernels:g} each. Wrap with a larger rank (1.5 times the target is usual)"
         )
+
+
+def _check_zeroed(params: Any, state: AdaLoraState, schedule: Schedule) -> None:
+    """Refuses parameters that have a value where the last update made it zero; seen only where values are known."""
+    if any(map(is_traced, jax.tree.leaves((params, state.count, state.keep)))) or not schedule.prunes(state.count):
+        return
+    came_back = map_nodes(lambda node, keep: jnp.any((node.lora_e != 0) & ~keep), params, state.keep)
+    paths, found, _ = flatten(came_back)
+    for path, is_back in zip(paths, found, strict=True):
+        if is_back:
+            raise ValueError(
+                f"adalora: the last update made values of lora_e zero in {path}, yet they are not zero: its updates "
+                "were rescaled or not applied. Put what rescales them inside: adalora(optax.chain(tx, optax.scale(x)))"
+            )
+
+
+def _check_holes(grads: Any, params: Any) -> None:
+    missing = lambda grad, leaf: is_hole(grad) and not is_hole(leaf)
+    paths, found, _ = flatten(jax.tree.map(missing, grads, params, is_leaf=is_hole))
+    for path, is_missing in zip(paths, found, strict=True):
+        if is_missing:
+            raise ValueError(f"adalora: {path} is frozen, and has no gradient. {_INSIDE}")
+
+
+def _check_base(updates: Any) -> None:
+    paths, nodes, _ = flatten(updates, is_node)
+    for path, node in zip(paths, nodes, strict=True):
+        if isinstance(node, AdaLoraParam) and jax.tree.leaves(node.base):
+            raise ValueError(f"adalora: the frozen base of {path} would be trained. {_INSIDE}")
+
+
+_INSIDE = "Put adalora inside the optimizer: jlora.optimizer(jlora.optim.adalora(tx, ...), params)"
 
 
 def _check_any(name: str, kernels: Any) -> None:

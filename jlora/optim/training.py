@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from jlora.optim.fit import Unchanged, check_gradients, check_state, same_shapes, shapes_of
 from jlora.tree import FROZEN, TRAINABLE, combine, has_nodes, label_fields, labels, partition
 
 TRAINABLE_B = "trainable_b"
@@ -24,10 +24,13 @@ def optimizer(
 
     It takes gradients of the whole tree, or those of `jlora.grad`, which have None at the frozen leaves; its updates
     are for `optax.apply_updates` on the whole tree. State is kept for the trainable leaves alone. It works as well on
-    the trainable half of `jlora.partition`.
+    the trainable half of `jlora.partition`. Without it, an optimizer on the whole tree changes the frozen base too:
+    weight decay (`optax.adamw`) shrinks it although its gradient is zero. Where a frozen leaf is a random key, as in
+    the state of NNX, JAX casts it only under jit: there `optax.apply_updates` must be compiled.
 
-    Transformations that wrap others (`optax.MultiSteps`, `optax.apply_if_finite`) go inside, as `tx`; those that come
-    before, such as `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
+    Transformations that wrap others (`optax.MultiSteps`, `optax.apply_if_finite`) go inside, as `tx`: outside they keep
+    arrays for the frozen leaves too, and refuse gradients with None. Those that come before, such as
+    `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
 
     On the trainable half a transformation works by itself. So do those whose functions take the state together with
     the parameters, as schedule-free ones, which are evaluated at their average::
@@ -45,7 +48,9 @@ def optimizer(
       b_lr_ratio: multiplies the updates of each ``lora_b`` (LoRA+; 16 is the paper's advice).
 
     Raises:
-      ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it.
+      TypeError: if `tx` is no transformation, or the arguments are swapped.
+      ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it;
+        from `update`, if gradients, state and parameters are not of one tree.
 
     Example:
       >>> import jax.numpy as jnp, jlora, optax
@@ -56,36 +61,51 @@ def optimizer(
     References:
       Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
     """
-    if not hasattr(tx, "update"):
-        raise TypeError(f"optimizer: tx must be an optax transformation, found {type(tx).__name__}")
-    if TRAINABLE not in jax.tree.leaves(labels(tree)):
-        raise ValueError("optimizer: no leaf of this tree trains; pass a tree that jlora.wrap returned")
+    _check_transformation(tx, tree)
+    _check_trains(tree)
     if b_lr_ratio is not None:
         _check_ratio(b_lr_ratio, tree)
         tx = optax.chain(tx, _scale_b(b_lr_ratio))
     transforms: dict[Hashable, optax.GradientTransformation] = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
     inner = optax.multi_transform(transforms, labels)
+    shapes = shapes_of(tree)
+
+    def init(params: Any) -> Any:
+        _check_trains(params)
+        return inner.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, state = inner.update(_without_frozen(updates, params), state, params, **extra)
-        return _hold(updates), state
+        whole, of = (
+            (shapes, "the tree that jlora.optimizer was given") if params is None else (params, "the parameters")
+        )
+        check_gradients("optimizer", updates, whole, of, shapes=params is not None)
+        try:
+            updates, after = inner.update(_without_frozen(updates, whole), state, params, **extra)
+        except Exception:
+            check_state(state, inner.init, whole)
+            raise
+        if not same_shapes(state, after):  # arrays of another shape may broadcast
+            check_state(state, inner.init, whole)
+        return _hold(updates), after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Unchanged:
-    """The update of a frozen leaf: what it is added to comes back as it was.
+def _check_transformation(tx: Any, tree: Any) -> None:
+    if _is_transformation(tx):
+        return
+    if _is_transformation(tree):
+        raise TypeError("optimizer: the arguments are swapped; call jlora.optimizer(tx, tree)")
+    raise TypeError(f"optimizer: tx must be an optax transformation, found {type(tx).__name__}")
 
-    Not even zero may be added: that would turn -0.0 into 0.0 and flush subnormals. It holds no array, so it costs
-    nothing, and other transformations pass it by.
-    """
 
-    __array_ufunc__ = None
+def _is_transformation(x: Any) -> bool:
+    return all(callable(getattr(x, name, None)) for name in ("init", "update"))
 
-    def __radd__(self, leaf: Any) -> Any:
-        return leaf
+
+def _check_trains(tree: Any) -> None:
+    if TRAINABLE not in jax.tree.leaves(labels(tree)):
+        raise ValueError("optimizer: no leaf of this tree trains; pass a tree that jlora.wrap returned")
 
 
 def _hold(updates: Any) -> Any:
@@ -93,14 +113,11 @@ def _hold(updates: Any) -> Any:
     return jax.tree.map(hold, labels(updates), updates)
 
 
-def _without_frozen(updates: Any, params: Any) -> Any:
-    """The gradients with a scalar for each frozen leaf, where the parameters have one: its own is not looked at."""
-    nothing = np.zeros((), np.float32)
-    updates = jax.tree.map(lambda mark, update: update if mark == TRAINABLE else nothing, labels(updates), updates)
-    if params is None:
-        return updates
-    fill = lambda update, leaf: nothing if update is None and leaf is not None else update
-    return jax.tree.map(fill, updates, params, is_leaf=lambda x: x is None)
+def _without_frozen(updates: Any, tree: Any) -> Any:
+    """The gradients with a scalar for each frozen leaf that the tree has: its own, or a hole, is not looked at."""
+    places = {FROZEN: np.zeros((), np.float32)}
+    fill = lambda mark, update: update if mark == TRAINABLE else places.get(mark)
+    return jax.tree.map(fill, labels(tree), updates, is_leaf=lambda x: x is None)
 
 
 def _scale_b(ratio: float) -> optax.GradientTransformation:

@@ -98,11 +98,11 @@ def _largest(arrays: Sequence[jax.Array], number: jax.Array) -> list[jax.Array]:
 def pruned(updates: Any, params: Any, keep: Any, due: jax.Array) -> Any:
     """The updates, with that which makes ``lora_e`` zero where it is not kept."""
 
-    def pruned(update: Any, node: Any, kept: Any) -> Any:
-        if not isinstance(update, AdaLoraParam):
+    def pruned(node: Any, update: Any, kept: Any) -> Any:
+        if not isinstance(node, AdaLoraParam):
             return update
         sums = wide(update.lora_e.dtype)
         to_zero, step = -node.lora_e.astype(sums), update.lora_e.astype(sums)
         return dataclasses.replace(update, lora_e=jnp.where(due & ~kept, to_zero, step))
 
-    return jax.tree.map(pruned, updates, params, keep, is_leaf=is_part)
+    return jax.tree.map(pruned, params, updates, keep, is_leaf=is_part)

@@ -7,10 +7,11 @@ goes to ``LoraSpec(variant=...)`` as it is. What such a class is written with is
 """
 
 from jlora.axes import Axes
+from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, gained, low_rank, plain, turned_by
 from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, LoraParam, frozen, static, trained
-from jlora.variants.adalora import AdaLoraParam
+from jlora.nodes import AdaptedParam, LoraParam
+from jlora.variants.adalora import AdaLoraParam, orthogonality
 from jlora.variants.dora import DoraParam
 from jlora.variants.ia3 import Ia3Param
 from jlora.variants.loha import LohaParam
@@ -51,6 +52,7 @@ __all__ = [
     "frozen",
     "gained",
     "low_rank",
+    "orthogonality",
     "plain",
     "static",
     "trained",

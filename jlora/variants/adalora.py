@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import Axes
+from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
 from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, frozen, is_node, static, trained
+from jlora.nodes import AdaptedParam, is_node
 
 
 @jax.tree_util.register_dataclass

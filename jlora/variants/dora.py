@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.axes import Axes
+from jlora.fields import PAIR, frozen, static, trained
 from jlora.interpret.factored import Factored, gained
 from jlora.interpret.products import contract, wide
 from jlora.kernel import Kernel
-from jlora.nodes import PAIR, AdaptedParam, from_start, frozen, low_rank_of, static, trained
+from jlora.nodes import AdaptedParam, from_start, low_rank_of
 
 TINY = 1e-30  # under a norm's square: a column of zeros stays one
 SMALL = 1e-6  # of ||W||^2: below it the sum of its three terms is rounding

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from jlora.axes import Axes
+from jlora.fields import PAIR, frozen, static, trained
 from jlora.interpret.factored import Factored
 from jlora.kernel import Kernel
-from jlora.nodes import PAIR, AdaptedParam, frozen, low_rank_of, static, trained
+from jlora.nodes import AdaptedParam, low_rank_of
 
 
 @jax.tree_util.register_dataclass

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import Axes
+from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, plain, turned_by
 from jlora.interpret.products import wide
 from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, frozen, static, trained
+from jlora.nodes import AdaptedParam
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +23,9 @@ class OftParam(AdaptedParam):
     """``R W`` with R block-diagonal and orthogonal, of the Cayley form ``(I - Q) (I + Q)^-1`` with Q skew-symmetric.
 
     R acts on the last of the in axes, with blocks of its own for each place of the others; those of a convolution's
-    window share them. The option ``block_size`` is the size of a block. With ``factors`` m > 1, R is the product of m
-    such matrices, the blocks of the i-th made of elements block_size^i apart (a butterfly).
+    window share them. The option ``block_size`` is the size of a block, by default the largest up to 32 that fits.
+    With ``factors`` m > 1, R is the product of m such matrices, the blocks of the i-th made of elements block_size^i
+    apart (a butterfly).
 
     Args:
       base, axes, layers: as in `jlora.LoraParam`.
@@ -38,7 +40,8 @@ class OftParam(AdaptedParam):
 
     KINDS = ("dot", "conv")
     SETTINGS = ()
-    OPTIONS = {"block_size": 32, "factors": 1}
+    OPTIONS = {"block_size": None, "factors": 1}
+    LARGEST = 32
 
     base: Any = frozen()
     oft_q: Any = trained("batch factors blocks entries")
@@ -49,12 +52,8 @@ class OftParam(AdaptedParam):
     @classmethod
     def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> OftParam:
         del key
-        size, factors = kernel.option("block_size"), kernel.option("factors")
         last = kernel.shape[kernel.axes.in_axis[-1]]
-        are_counts = type(size) is int and type(factors) is int and size >= 2 and factors >= 1
-        if not are_counts or last % size**factors:
-            kernel.refuse("options", f"block_size ** factors must divide the last in axis, {last}",
-                          {"block_size": size, "factors": factors})  # fmt: skip
+        size, factors = _blocks(kernel, last, cls.LARGEST)
         turned = last if kernel.kind == "conv" else kernel.size("in")
         entries = size * (size - 1) // 2
         shape = kernel.sizes("batch factors blocks entries", factors=factors, blocks=turned // size, entries=entries)
@@ -83,12 +82,29 @@ class OftParam(AdaptedParam):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoftParam(OftParam):
-    """`OftParam` with a butterfly of two factors with blocks of 4, unless the options say otherwise: R = R_0 R_1.
+    """`OftParam` with a butterfly of two factors, R = R_0 R_1, of blocks of up to 4, unless the options say otherwise.
+
+    An axis that no square divides gets one factor.
 
     There is no scale of the outputs, which PEFT's BOFT trains besides.
     """
 
-    OPTIONS = {"block_size": 4, "factors": 2}
+    OPTIONS = {"block_size": None, "factors": None}
+    LARGEST = 4
+
+
+def _blocks(kernel: Kernel, last: int, largest: int) -> tuple[int, int]:
+    """The size of the blocks and the number of factors: those of the options, or what fits the axis."""
+    given, factors = kernel.option("block_size"), kernel.option("factors")
+    counts = (2, 1) if factors is None else (factors,)
+    are_counts = all(type(n) is int and n >= 1 for n in counts) and (given is None or type(given) is int)
+    fitting = [(n, m) for m in counts if are_counts for n in range(last, 1, -1) if last % n**m == 0]
+    wanted = [(n, m) for n, m in fitting if n == given or (given is None and n <= largest)]
+    if not wanted:
+        sizes = sorted({n for n, _ in fitting})[:12]
+        expected = f"block_size ** factors must divide the last in axis, {last}: block_size is one of {sizes}"
+        kernel.refuse("options", expected, {"block_size": given, "factors": factors})
+    return wanted[0]
 
 
 def _cayley(entries: jax.Array, size: int) -> jax.Array:

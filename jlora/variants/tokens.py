@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import Axes
+from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
-from jlora.nodes import AdaptedParam, frozen, static, trained
+from jlora.nodes import AdaptedParam
 
 
 @jax.tree_util.register_dataclass

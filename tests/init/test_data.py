@@ -135,8 +135,14 @@ def test_placed_as_the_base(init):
 def test_what_can_not_be_is_said(init):
     with pytest.raises(ValueError, match="batches is empty"):
         init(loss, wrapped(), [])
-    with pytest.raises(ValueError, match="no leaf of this tree has low-rank factors"):
+    with pytest.raises(ValueError, match="nothing in it is wrapped"):
         init(loss, PARAMS, BATCHES)
-    with pytest.raises(ValueError, match=r"lora_ga: .* maps 16 to 10, so it has 10, fewer than 2 x 6"):
+    with pytest.raises(ValueError, match="it has VeraParam"):
+        init(loss, wrapped(variant="vera"), BATCHES)
+    with pytest.raises(TypeError, match=r"batches is an array of shape \(40, 8\).*\[batch\]"):
+        init(loss, wrapped(), BATCHES[0])
+    with pytest.raises(
+        ValueError, match=r"lora_ga: .* head of .* maps 16 to 10, so it has 10, fewer than 2 x 6\. .*'rank': 5"
+    ):
         tree = jlora.wrap(PARAMS, jlora.LoraSpec(targets="head", rank=6))
         jlora.init.lora_ga(loss, tree, BATCHES)

@@ -37,7 +37,8 @@ def loss(params: Any, x: jax.Array = X, y: jax.Array = Y) -> jax.Array:
 
 @functools.cache
 def wrapped(variant: str = "lora") -> Any:
-    return randomised(jlora.wrap(PARAMS, LoraSpec(rank=4, targets=("kernel", "down"), train="head", variant=variant)))
+    rank = {} if variant == "ia3" else {"rank": 4}
+    return randomised(jlora.wrap(PARAMS, LoraSpec(targets=("kernel", "down"), train="head", variant=variant, **rank)))
 
 
 GRADIENT, WHOLE = jax.jit(jlora.grad(loss)), jax.jit(jax.grad(loss))

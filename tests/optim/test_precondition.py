@@ -155,7 +155,8 @@ def loss(params: Any) -> jax.Array:
 
 
 def wrapped(variant: str = "lora") -> Any:
-    return randomised(jlora.wrap(PARAMS, LoraSpec(rank=2, variant=variant, targets="kernel", train="head")))
+    rank = {} if variant == "ia3" else {"rank": 2}
+    return randomised(jlora.wrap(PARAMS, LoraSpec(variant=variant, targets="kernel", train="head", **rank)))
 
 
 def updates_of(tx: Any, grads: Any, params: Any) -> Any:

@@ -1,0 +1,67 @@
+"""The fields of a node: which train, and which axes of the base they have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+GROUPS = ("batch", "in", "out")
+PAIR = ("batch in rank", "batch rank out")
+
+
+def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
+    """A field of a node that trains.
+
+    Args:
+      dims: its axes by name: ``batch``, ``in`` and ``out`` are those of the base (first the batch ones), any other word
+        is an axis of its own, as in ``"batch in rank"``. So it is placed, checked, and put beside the base. A field
+        that holds a tuple of arrays, or an empty one, has a tuple of them.
+    """
+    return dataclasses.field(metadata={"trained": True, "dims": dims}, **kwargs)
+
+
+def frozen(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
+    """A field of a node that stays as it is; arguments as in `trained`."""
+    return dataclasses.field(metadata={"trained": False, "dims": dims}, **kwargs)
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of a node that is part of the tree's structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def sizes_of(node: Any, dims: str, known: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a field of a node: `known` has the sizes of its own words."""
+    sizes = lambda word: [node.shape[axis] for axis in getattr(node.axes, f"{word}_axis")]
+    groups = [sizes(word) if word in GROUPS else [known[word]] for word in dims.split()]
+    if dims.startswith("batch") and getattr(node, "layers", None) is not None:
+        groups[0][0] = len(node.layers)
+    return tuple(size for group in groups for size in group)
+
+
+def map_fields(fn: Callable[[str, Any], Any], node: Any) -> Any:
+    """The node with ``fn(dims, array)`` for each of its arrays."""
+
+    def mapped(dims: Any, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fn(d, x) for d, x in zip(dims, value, strict=bool(value)))
+        return fn(dims, value)
+
+    given = {f.name: mapped(f.metadata.get("dims", ""), getattr(node, f.name)) for f in leaf_fields(node)}
+    return dataclasses.replace(node, **given)
+
+
+def is_none(x: Any) -> bool:
+    return x is None
+
+
+def own_sizes(node: Any, dims: str, x: Any) -> dict[str, int]:
+    """The sizes of the words of `dims` that are no axes of the base, as x has them."""
+    words = [w for word in dims.split() for w in ([word] * len(getattr(node.axes, f"{word}_axis", (0,))))]
+    return {word: size for word, size in zip(words, x.shape, strict=False) if word not in GROUPS}
+
+
+def leaf_fields(node: Any) -> list[dataclasses.Field]:
+    """The fields of a node that hold arrays."""
+    return [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
