@@ -57,15 +57,12 @@ def same_bits(x: Any, y: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
 
 
-def quick(fn: Any) -> Any:
-    """`jax.jit` for a program that runs once: most of a test's time goes into compiling it well."""
-    return jax.jit(
-        fn, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    )
+# As without conftest's flags, which trade the speed of programs for that of compiling them.
+DEFAULTS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    return jax.jit(fn, **kwargs).lower(*args).compile()
+    return jax.jit(fn, **kwargs).lower(*args).compile(compiler_options=DEFAULTS)
 
 
 def flops(program: Any) -> float:

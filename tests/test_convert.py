@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jlora
-from tests.support import error, quick, same_bits
+from tests.support import error, same_bits
 from tests.variants.cases import CASES, moved, spec_of, wrapped
 
 LOW_RANK = ["lora", "lora_fa", "vera", "adalora", "loha", "lokr", "lora+pissa", "lora+olora", "lora_fa+olora"]
@@ -62,7 +62,7 @@ KINDS = ["lora", "dora", "lora_fa", "vera", "adalora", "loha", "lokr", "ia3", "i
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restart_is_the_same_function_with_fresh_adapters(kind):
     case, params = CASES["stacked"], moved(wrapped(kind, CASES["stacked"]))
-    again = quick(jlora.fold_and_restart)(params)
+    again = jax.jit(jlora.fold_and_restart)(params)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert [x.shape for x in jax.tree.leaves(again)] == [x.shape for x in jax.tree.leaves(params)]
     assert error(jlora.unwrap(again), jlora.merge(params)) <= 1e-6

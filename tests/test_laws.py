@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jlora
 from tests.models import MODELS
 from tests.programs import PROGRAMS
-from tests.support import adapted, error, quick, same_bits, spec_of
+from tests.support import adapted, error, same_bits, spec_of
 from tests.test_zoo import total
 
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
@@ -34,8 +34,8 @@ def test_equivalence(program):
     run = value_and_grad_of if program.reverse else value_of
     with warnings.catch_warnings(record=True) as caught, jax.numpy_dtype_promotion("strict"):
         warnings.simplefilter("always")
-        found, grads = quick(run(jlora.apply(program.fn), program.args))(params)
-    expected, expected_grads = quick(run(lambda p, *args: program.fn(jlora.merge(p), *args), program.args))(params)
+        found, grads = jax.jit(run(jlora.apply(program.fn), program.args))(params)
+    expected, expected_grads = jax.jit(run(lambda p, *args: program.fn(jlora.merge(p), *args), program.args))(params)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert error(found, expected) <= program.tolerance
     assert error(grads, expected_grads) <= ILL_CONDITIONED.get(program.name, 2 * program.tolerance)
@@ -89,7 +89,7 @@ def test_frozen_means_frozen(name, optimizer):
     tx = jlora.optimizer(OPTIMIZERS[optimizer], params)
     state = tx.init(params)
     loss = lambda p: total(jlora.apply(program.fn)(p, *program.args))
-    gradient, update = quick(jax.grad(loss)), quick(tx.update)
+    gradient, update = jax.jit(jax.grad(loss)), jax.jit(tx.update)
     before = params
     for _ in range(4):
         updates, state = update(gradient(params), state, params)

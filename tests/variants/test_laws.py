@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
-from tests.support import error, quick, same_bits
+from tests.support import error, same_bits
 from tests.variants.cases import CASES, DENSE, KINDS, UNSUPPORTED, moved, wrapped
 
 STACKED = ("stacked", "stacked_experts", "expert", "ragged")
@@ -46,13 +46,13 @@ def test_equivalence(kind, use, dtype):
     case, dtype, tolerance = CASES[use], DTYPES[dtype], 2e-5 if dtype == "f32" else 4e-2
     params = moved(wrapped(kind, case, dtype))
     args = tuple(x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in case.args)
-    run = lambda fn: quick(jlora.value_and_grad(lambda p: (total(y := fn(p, *args)), y), has_aux=True))
+    run = lambda fn: jax.jit(jlora.value_and_grad(lambda p: (total(y := fn(p, *args)), y), has_aux=True))
     with warnings.catch_warnings(record=True) as caught, jax.numpy_dtype_promotion("strict"):
         warnings.simplefilter("always")
         (_, found), grads = run(jlora.apply(case.fn))(params)
     dense = lambda p, *args: case.fn(jlora.merge(p, dtype=jnp.float32), *args)
     exact = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
-    (_, expected), expected_grads = quick(
+    (_, expected), expected_grads = jax.jit(
         jlora.value_and_grad(lambda p: (total(y := dense(p, *exact)), y), has_aux=True)
     )(params)
     assert found.dtype == dtype
@@ -78,7 +78,7 @@ def test_frozen_means_frozen(kind, use):
     params = before = wrapped(kind, case)
     tx = jlora.optimizer(optax.adamw(1e-2, weight_decay=0.1), params)
     state = tx.init(params)
-    gradient = quick(jax.grad(lambda p: total(jlora.apply(case.fn, fallback="ignore")(p, *case.args))))
+    gradient = jax.jit(jax.grad(lambda p: total(jlora.apply(case.fn, fallback="ignore")(p, *case.args))))
     for _ in range(2):
         updates, state = tx.update(gradient(params), state, params)
         params = optax.apply_updates(params, updates)
@@ -120,7 +120,7 @@ def test_placement_follows_the_base(kind, use):
     placed = type(case)(case.fn, jax.tree.map(put, case.params), case.args)
     params, here = wrapped(kind, placed), wrapped(kind, case)
     assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(params))
-    model = quick(lambda p: jlora.apply(case.fn, fallback="ignore")(p, *case.args))
+    model = jax.jit(lambda p: jlora.apply(case.fn, fallback="ignore")(p, *case.args))
     assert error(model(params), model(here)) <= 2e-5
 
 
