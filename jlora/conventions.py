@@ -59,7 +59,7 @@ def kernel_axes(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Sit
             return axes, kind
     if sites is not None:
         return _site_axes(path, leaf, sites)
-    axes = _by_convention(path, len(leaf.shape))
+    axes = _by_convention(path, leaf, leaves)
     if axes is None or not _fits_bias(axes, leaf, leaves.get(f"{module_of(path)}/bias")):
         raise ValueError(
             f"wrap: the axes of {path} of shape {tuple(leaf.shape)} are ambiguous: name and shape do not tell which "
@@ -86,19 +86,26 @@ def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
     return site.axes, site.kind
 
 
-def _by_convention(path: str, ndim: int) -> Axes | None:
-    name, layer = path.rpartition("/")[2], module_of(path).rpartition("/")[2]
+def _by_convention(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Axes | None:
+    name, layer, ndim = path.rpartition("/")[2], module_of(path).rpartition("/")[2], len(leaf.shape)
     if name == "weight":  # PyTorch's and Equinox's linear layers are (out, in), their tables (vocabulary, features)
         return None
     if ndim == 2:
         return Axes((0,), (1,))
     if _is_conv(path, ndim) and name in KERNELS:
         return Axes(tuple(range(ndim - 1)), (ndim - 1,))
-    if ndim == 3 and layer in ("query", "key", "value"):
+    if ndim == 3 and layer in ("query", "key", "value") and _heads(path, "out", 0, leaves) in (None, leaf.shape[1:]):
         return Axes((0,), (1, 2))
-    if ndim == 3 and layer == "out":
+    if ndim == 3 and layer == "out" and _heads(path, "query", 1, leaves) in (None, leaf.shape[:2]):
         return Axes((0, 1), (2,))
     return None
+
+
+def _heads(path: str, sibling: str, first: int, leaves: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The axes of the heads in the kernel beside this one, if there is one: in stacked layers they do not agree."""
+    attention, _, _ = module_of(path).rpartition("/")
+    leaf = leaves.get("/".join(filter(None, (attention, sibling, path.rpartition("/")[2]))))
+    return None if leaf is None or len(leaf.shape) != 3 else tuple(leaf.shape[first : first + 2])
 
 
 def _fits_bias(axes: Axes, leaf: Any, bias: Any) -> bool:

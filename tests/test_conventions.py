@@ -44,6 +44,18 @@ def test_ambiguous_axes_are_an_error_that_tells_the_ways_out(path, shape):
     assert all(part in str(error.value) for part in (path, str(shape), "jlora.sites(", "LoraSpec(axes="))
 
 
+def test_stacked_kernels_beside_each_other_are_no_heads():
+    """Four layers of (6, 8) and (8, 6), without biases: not attention's (features, heads, size) and back."""
+    stacked = {"layers": {"query": {"kernel": jnp.ones((4, 6, 8))}, "out": {"kernel": jnp.ones((4, 8, 6))}}}
+    for name in ("query", "out"):
+        with pytest.raises(ValueError, match=f"axes of layers/{name}/kernel .* are ambiguous"):
+            wrap(stacked, LoraSpec(targets=name, rank=2))
+    attention = {"query": {"kernel": jnp.ones((6, 2, 3))}, "out": {"kernel": jnp.ones((2, 3, 6))}}
+    wrapped = wrap(attention, LoraSpec(rank=2))
+    assert wrapped["query"]["kernel"].axes == Axes((0,), (1, 2))
+    assert wrapped["out"]["kernel"].axes == Axes((0, 1), (2,))
+
+
 def test_stacked_kernels_of_a_layer_named_query_are_ambiguous():
     with pytest.raises(ValueError, match="ambiguous"):
         wrap({"layers": {"query": {"kernel": jnp.ones((4, 6, 6)), "bias": jnp.ones((4, 6))}}}, LoraSpec(rank=2))

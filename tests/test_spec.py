@@ -50,6 +50,12 @@ def test_defaults_are_those_of_the_documentation():
     }
 
 
+@pytest.mark.parametrize("targets", ["all_linear", "all", ["all-linear"], ["query", "all-linear"]])
+def test_all_linear_stands_by_itself(targets):
+    with pytest.raises(ValueError, match='every linear layer is targets="all-linear", by itself'):
+        LoraSpec(targets=targets)
+
+
 @pytest.mark.parametrize(
     "settings, scale",
     [

@@ -6,7 +6,6 @@ end in `low_rank`, the one place that decides how the path is computed.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret import compat
-from jlora.interpret.factored import Factored, Tracked, product, scaled_by, turned, whole
+from jlora.interpret.ends import Ends
+from jlora.interpret.factored import Factored, Tracked, product, scaled_by, whole
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.products import Labels, cast, contract, scaled, swapped
 
@@ -52,56 +52,6 @@ def _added(y: Any, z: Any) -> Any:
     if (sharding := jax.typeof(y).sharding).mesh.explicit_axes and jax.typeof(z).sharding != sharding:
         z = jax.sharding.reshard(z, sharding)
     return lax.add(y, z)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends:
-    """What of a weight acts at the ends of a product: an output scale and an input transform, on x or on the result."""
-
-    weight: Factored
-    ws: Labels
-    xs: Labels
-    out: Labels
-    gain_on_x: bool
-    turn_on_x: bool
-
-    @classmethod
-    def of(cls, weight: Factored, ws: Labels, xs: Labels, out: Labels) -> Ends | None:
-        """None if one of them can act at neither end."""
-        names = lambda factor: {ws[axis] for axis in weight.owned(factor)}
-        gain = names(weight.gain) if weight.gain is not None else set()
-        turn = set().union(*(names(rows) for rows, _ in weight.turns))
-        at = None if weight.turned_axis is None else ws[weight.turned_axis]
-        turn_on_x = at in xs and at not in out and turn <= {*xs}
-        turn_on_y = at in out and at not in xs and turn <= {*out}
-        if not (gain <= {*xs} or gain <= {*out}) or (turn and not (turn_on_x or turn_on_y)):
-            return None
-        return cls(weight, ws, xs, out, not gain <= {*out}, turn_on_x)
-
-    def before(self, x: Any) -> Any:
-        if self.turn_on_x:
-            for rows, stride in self.weight.turns:
-                x = self._turned(x, self.xs, rows, stride)
-        return self._scaled(x, self.xs) if self.gain_on_x else x
-
-    def after(self, y: Any) -> Any:
-        y = y if self.gain_on_x else self._scaled(y, self.out)
-        if not self.turn_on_x:
-            for rows, stride in reversed(self.weight.turns):
-                y = self._turned(y, self.out, rows, stride, transpose=True)
-        return y
-
-    def _scaled(self, x: Any, xs: Labels) -> Any:
-        gain = self.weight.gain
-        if gain is None:
-            return x
-        labels = tuple(self.ws[axis] for axis in self.weight.owned(gain))
-        return scaled_by(x, xs, whole(self.weight, gain)[..., 0], labels)
-
-    def _turned(self, x: Any, xs: Labels, rows: Any, stride: int, transpose: bool = False) -> Any:
-        labels = tuple(self.ws[axis] for axis in self.weight.owned(rows))
-        at = self.ws[self.weight.turned_axis or 0]
-        return turned(x, xs, whole(self.weight, rows), labels, at, stride, transpose=transpose)
 
 
 def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labels, Labels]:

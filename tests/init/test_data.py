@@ -57,7 +57,7 @@ def test_eva_finds_the_directions_of_most_variance(variant):
         np.testing.assert_allclose(projector(found), projector(leading), atol=2e-3)
         np.testing.assert_allclose(np.abs(np.sum(found * leading, -2)), 1, atol=2e-3)  # one by one, in order
         assert not np.any(params[name].lora_b)
-    np.testing.assert_array_equal(jlora.apply(model)(params, BATCHES[0]), jlora.apply(model)(wrapped(), BATCHES[0]))
+    assert error(jlora.apply(model)(params, BATCHES[0]), model(PARAMS, BATCHES[0])) <= 2e-6
     assert same_bits(jlora.unwrap(params), PARAMS)
 
 
