@@ -57,8 +57,8 @@ def same_bits(x: Any, y: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
 
 
-# As without conftest's flags, which trade the speed of programs for that of compiling them.
-DEFAULTS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+# As without conftest's flag, which trades the speed of programs for that of compiling them.
+DEFAULTS = {"xla_llvm_disable_expensive_passes": False}
 
 
 def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:
