@@ -1,10 +1,6 @@
-"""Every test runs with eight CPU devices; warnings are errors (pyproject.toml).
-
-Programs of tests run once, and most of a test's time went into compiling them well: so they are compiled fast.
-"""
+"""Every test runs with eight CPU devices; warnings are errors (pyproject.toml)."""
 
 import os
 
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_llvm_disable_expensive_passes=true"]
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

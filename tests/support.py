@@ -57,12 +57,8 @@ def same_bits(x: Any, y: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
 
 
-# As without conftest's flag, which trades the speed of programs for that of compiling them.
-DEFAULTS = {"xla_llvm_disable_expensive_passes": False}
-
-
 def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:
-    return jax.jit(fn, **kwargs).lower(*args).compile(compiler_options=DEFAULTS)
+    return jax.jit(fn, **kwargs).lower(*args).compile()
 
 
 def flops(program: Any) -> float:
