@@ -29,7 +29,7 @@ OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "variant", "option
 
 def target_tuple(targets: Any) -> Any:
     strings = [targets] if isinstance(targets, str) else [t for t in jax.tree.leaves(targets) if isinstance(t, str)]
-    if targets != "all-linear" and (close := {*strings} & {"all-linear", "all_linear", "all", "linear"}):
+    if targets != "all-linear" and (close := {*strings} & {"all-linear", "all_linear"}):
         raise ValueError(f'LoraSpec: targets has {min(close)!r}; every linear layer is targets="all-linear", by itself')
     if (isinstance(targets, str) and targets == "all-linear") or callable(targets):
         return targets

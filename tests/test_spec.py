@@ -50,10 +50,17 @@ def test_defaults_are_those_of_the_documentation():
     }
 
 
-@pytest.mark.parametrize("targets", ["all_linear", "all", ["all-linear"], ["query", "all-linear"]])
+@pytest.mark.parametrize("targets", ["all_linear", ["all-linear"], ["query", "all-linear"]])
 def test_all_linear_stands_by_itself(targets):
     with pytest.raises(ValueError, match='every linear layer is targets="all-linear", by itself'):
         LoraSpec(targets=targets)
+
+
+@pytest.mark.parametrize("name", ["linear", "all"])
+def test_a_module_may_have_any_other_name(name):
+    params = wrap({name: {"kernel": jnp.ones((4, 3))}, "head": {"kernel": jnp.ones((4, 3))}}, LoraSpec(name, rank=2))
+    assert params[name]["kernel"].rank == 2 and params["head"]["kernel"].shape == (4, 3)
+    assert not hasattr(params["head"]["kernel"], "rank")
 
 
 @pytest.mark.parametrize(
