@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 GROUPS = ("batch", "in", "out")
 PAIR = ("batch in rank", "batch rank out")
@@ -31,13 +36,34 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-def sizes_of(node: Any, dims: str, known: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a field of a node: `known` has the sizes of its own words."""
+def sizes_of(node: Any, dims: str, known: Mapping[str, int] = MappingProxyType({})) -> tuple[int, ...]:
+    """The shape of a field of a node, or of a kernel's: `known` has the sizes of its own words."""
     sizes = lambda word: [node.shape[axis] for axis in getattr(node.axes, f"{word}_axis")]
     groups = [sizes(word) if word in GROUPS else [known[word]] for word in dims.split()]
     if dims.startswith("batch") and getattr(node, "layers", None) is not None:
         groups[0][0] = len(node.layers)
     return tuple(size for group in groups for size in group)
+
+
+def of_layers(node: Any, x: jax.Array) -> jax.Array:
+    """A node's or a kernel's base, or an array of its shape, with the adapted layers alone."""
+    layers = getattr(node, "layers", None)
+    return x if layers is None else jnp.take(x, jnp.asarray(layers), axis=node.axes.batch_axis[0])
+
+
+def matrices(node: Any, x: jax.Array) -> jax.Array:
+    """The same as matrices (batch..., in, out), with in axes and out axes flattened, in float32."""
+    axes = node.axes
+    ordered = jnp.transpose(of_layers(node, x), (*axes.batch_axis, *axes.in_axis, *axes.out_axis))
+    sizes = [math.prod(sizes_of(node, word)) for word in ("in", "out")]
+    return ordered.astype(jnp.float32).reshape(*sizes_of(node, "batch"), *sizes)
+
+
+def mapped(node: Any, fn: Callable[..., Any], *stacked: Any) -> Any:
+    """Calls a function of one kernel's arrays for each place of the batch axes, on which they are stacked first."""
+    for _ in node.axes.batch_axis:
+        fn = jax.vmap(fn)
+    return fn(*stacked)
 
 
 def map_fields(fn: Callable[[str, Any], Any], node: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora import init as inits
 from jlora.axes import Axes
-from jlora.fields import GROUPS
+from jlora.fields import GROUPS, mapped, matrices, sizes_of
 
 if TYPE_CHECKING:
     from jlora.spec import LoraSpec
@@ -62,18 +62,11 @@ class Kernel:
             raise TypeError(
                 f"Kernel.sizes({dims!r}) needs the size of {missing[0]}, as in {missing[0]}=kernel.spec.rank"
             )
-        return tuple(n for word in dims.split() for n in (self._group(word) if word in GROUPS else (own[word],)))
+        return sizes_of(self, dims, own)
 
     def size(self, word: str) -> int:
-        return math.prod(self._group(word))
-
-    def _group(self, word: str) -> tuple[int, ...]:
-        sizes = tuple(self.shape[axis] for axis in getattr(self.axes, f"{word}_axis"))
-        return (len(self.layers), *sizes[1:]) if word == "batch" and self.layers is not None else sizes
-
-    def of_layers(self, x: jax.Array) -> jax.Array:
-        """The kernel, or an array of its shape, with the adapted layers alone."""
-        return x if self.layers is None else jnp.take(x, jnp.asarray(self.layers), axis=self.axes.batch_axis[0])
+        """The number of elements of the ``batch``, ``in`` or ``out`` axes."""
+        return math.prod(self.sizes(word))
 
     def keys(self, key: jax.Array) -> jax.Array:
         """A key for each place of the batch axes, of shape (batch...): a layer's is the same whichever are adapted."""
@@ -83,22 +76,14 @@ class Kernel:
         keys = jax.random.split(key, batch)
         return keys if self.layers is None else keys[jnp.asarray(self.layers)]
 
-    def mapped(self, make: Any, *stacked: Any) -> Any:
-        """Calls a function of one kernel's arrays for each place of the batch axes, on which they are stacked first."""
-        for _ in self.axes.batch_axis:
-            make = jax.vmap(make)
-        return make(*stacked)
-
     def normal(self, key: jax.Array, dims: str, std: float = 1.0, **own: int) -> jax.Array:
         """Normal noise of shape `dims`, which begins with ``batch``."""
         shape = self.sizes(dims, **own)[len(self.axes.batch_axis) :]
-        return self.mapped(lambda key: std * jax.random.normal(key, shape, self.dtype), self.keys(key))
+        return mapped(self, lambda key: std * jax.random.normal(key, shape, self.dtype), self.keys(key))
 
     def matrix(self, base: Any) -> jax.Array:
         """The kernel as matrices: of shape (batch..., in, out), with in axes and out axes flattened, in float32."""
-        order = (*self.axes.batch_axis, *self.axes.in_axis, *self.axes.out_axis)
-        moved = jnp.transpose(self.of_layers(jnp.asarray(base)), order).astype(jnp.float32)
-        return moved.reshape(*self._group("batch"), self.size("in"), self.size("out"))
+        return matrices(self, jnp.asarray(base))
 
     def low_rank(self, base: Any, key: jax.Array) -> dict[str, Any]:
         """The factors that the spec's `init` makes: lora_a and lora_b, and start where they are parts of W."""
@@ -108,15 +93,15 @@ class Kernel:
                     "scaling", f"init={self.spec.init!r} divides by the scale, which must be positive", self.spec.scale
                 )
             pair = lambda matrix, key: self._shaped(*make(matrix, self.spec.rank, self.spec.scale, key))
-            lora_a, lora_b = self.mapped(pair, self.matrix(base), self.keys(key))
+            lora_a, lora_b = mapped(self, pair, self.matrix(base), self.keys(key))
             return {"lora_a": lora_a, "lora_b": lora_b, "start": (jnp.copy(lora_a), jnp.copy(lora_b))}
-        lora_a, lora_b = self.mapped(self._drawn, self.keys(key))
+        lora_a, lora_b = mapped(self, self._drawn, self.keys(key))
         return {"lora_a": lora_a, "lora_b": lora_b}
 
     def _drawn(self, key: jax.Array) -> tuple[Any, Any]:
         init = self.spec.init
         make = init if callable(init) else inits.embedding if self.kind == "embedding" else inits.RANDOM[init]
-        ins, outs, rank = self._group("in"), self._group("out"), self.spec.rank
+        ins, outs, rank = self.sizes("in"), self.sizes("out"), self.spec.rank
         lora_a, lora_b = make(key, ins, outs, rank, self.dtype)
         if lora_a.shape != (*ins, rank) or lora_b.shape != (rank, *outs):
             raise ValueError(
@@ -127,7 +112,7 @@ class Kernel:
 
     def _shaped(self, lora_a: jax.Array, lora_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         rank = self.spec.rank
-        lora_a, lora_b = lora_a.reshape(*self._group("in"), rank), lora_b.reshape(rank, *self._group("out"))
+        lora_a, lora_b = lora_a.reshape(*self.sizes("in"), rank), lora_b.reshape(rank, *self.sizes("out"))
         return lora_a.astype(self.dtype), lora_b.astype(self.dtype)
 
     def refuse(self, setting: str, expected: str, found: Any) -> None:

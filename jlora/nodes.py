@@ -100,12 +100,6 @@ class AdaptedParam(abc.ABC):
         whole = jnp.full((self.shape[node.axes.batch_axis[0]], *x.shape[1:]), fill, x.dtype)
         return whole.at[jnp.asarray(node.layers)].set(x)
 
-    def of_layers(self, x: jax.Array) -> jax.Array:
-        """The base, or an array of its shape, with the adapted layers alone."""
-        node: Any = self
-        layers = getattr(node, "layers", None)
-        return x if layers is None else jnp.take(x, jnp.asarray(layers), axis=node.axes.batch_axis[0])
-
     @property
     def shape(self) -> tuple[int, ...]:
         return self.base.shape

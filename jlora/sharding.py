@@ -19,12 +19,18 @@ from jlora.interpret.compat import is_traced
 
 def of_node(node: Any, base: Any) -> Any:
     """The node with the sharding of each array beside a placed base; None where the base says nothing."""
-    sharding = getattr(base, "sharding", None) if not is_traced(base) else jax.typeof(base).sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+    sharding = _sharding(base)
+    if sharding is None:
         return None
     spec = (*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec)))
     place = lambda dims: NamedSharding(sharding.mesh, PartitionSpec(*_parts(node, dims, spec)))
     return map_fields(lambda dims, x: None if x is None else place(dims), node)
+
+
+def _sharding(base: Any) -> NamedSharding | None:
+    """Where a base lies; None where that is not said, or said by the program that is being traced."""
+    sharding = None if is_traced(base) else getattr(base, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
 def _parts(node: Any, dims: str, spec: tuple[Any, ...]) -> list[Any]:
@@ -37,17 +43,13 @@ def _parts(node: Any, dims: str, spec: tuple[Any, ...]) -> list[Any]:
 
 def placed(make: Callable[..., Any], base: Any, key: jax.Array) -> Any:
     """Calls ``make(base, key)``: the arrays of its node come out placed, and abstract where the base is."""
-    if not isinstance(base, jax.ShapeDtypeStruct) and (is_traced(base) or _is_unplaced(base)):
+    is_abstract = isinstance(base, jax.ShapeDtypeStruct)
+    if not is_abstract and _sharding(base) is None:
         return make(base, key)
     shapes = jax.eval_shape(make, base, key)
     shardings = of_node(shapes, base)
-    if not isinstance(base, jax.ShapeDtypeStruct):
+    if not is_abstract:
         return jax.jit(make, out_shardings=shardings)(base, key)
     if shardings is None:
         return shapes
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def _is_unplaced(base: Any) -> bool:
-    sharding = getattr(base, "sharding", None)
-    return not isinstance(sharding, NamedSharding) or sharding.mesh.empty

@@ -70,7 +70,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     chosen = select(params, by_path, spec, found)
     kernels = {path: _kernel(path, by_path, spec, found) for path in sorted(chosen.targets)}
     kept = chosen_paths(kernels, spec.layers, spec.layers_name, {p for p, k in kernels.items() if k.axes.batch_axis})
-    kernels = {path: _of_layers(kernels[path]) for path in kept}
+    kernels = {path: _of_layers(kernels[path], by_path[path]) for path in kept}
     biases = lora_biases(by_path, kernels) if spec.lora_bias else {}
     full = chosen.full | (biases_of(by_path, kernels, spec.bias) - {*biases})
     root = jax.random.key(spec.seed) if key is None else checked_key("wrap: key", key)
@@ -98,12 +98,12 @@ def adapt(base: Any, kernel: Kernel, key: jax.Array) -> AdaptedParam:
 
 def _kernel(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Mapping[str, Site] | None) -> Kernel:
     axes, kind = kernel_axes(path, leaves, spec, sites)
-    kernel = Kernel(path, tuple(leaves[path].shape), axes, kind, spec.at(path))
-    _check(kernel, leaves[path].dtype)
-    return kernel
+    return Kernel(path, tuple(leaves[path].shape), axes, kind, spec.at(path))
 
 
-def _of_layers(kernel: Kernel) -> Kernel:
+def _of_layers(kernel: Kernel, base: Any) -> Kernel:
+    """The kernel, if it can be adapted, with the layers of it that are."""
+    _check(kernel, base.dtype)
     spec, batch = kernel.spec, kernel.axes.batch_axis
     layers = chosen_slices(kernel.path, spec.layers, spec.layers_name, kernel.shape[batch[0]]) if batch else None
     return dataclasses.replace(kernel, layers=layers)

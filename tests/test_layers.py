@@ -49,6 +49,12 @@ def test_unrolled_layers():
     assert adapted(params) == ["layer_1", "layer_1", "layer_2", "layer_2"]
 
 
+def test_what_other_layers_have_is_not_looked_at():
+    """The head, of one output, allows no rank of 2; it is in no layer."""
+    tree = unrolled() | {"head": {"kernel": jnp.ones((8, 1))}}
+    assert adapted(jlora.wrap(tree, jlora.LoraSpec(layers=[3], rank=2))) == ["layer_3", "layer_3"]
+
+
 def test_stacked_layers_train_alone():
     case = CASES["stacked"]
     spec = jlora.LoraSpec(targets=tuple(case.params), rank=2, layers=[0, 2])

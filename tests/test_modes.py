@@ -145,6 +145,15 @@ def test_blocks_of_a_rotation_that_fit():
     assert sizes("boft") == {"w": (3, 2), "v": (4, 2), "u": (2, 1)}
 
 
+def test_a_direction_that_has_all_but_gone_does_not_blow_up():
+    """V = 1e-4 W: its norm, a sum of three terms in float32, is rounding; m / ||V|| stays bounded."""
+    u, s, vt = np.linalg.svd(np.asarray(noise(32, 8)), full_matrices=False)
+    node = jlora.wrap({"w": noise(32, 8)}, jlora.LoraSpec("w", rank=8, alpha=8, variant="dora"))["w"]
+    node = dataclasses.replace(node, lora_a=jnp.asarray(-(1 - 1e-4) * u * s), lora_b=jnp.asarray(vt))
+    merged, limit = jlora.merge({"w": node})["w"], 10 * jnp.abs(noise(32, 8)).max()
+    assert jnp.all(jnp.isfinite(merged)) and jnp.abs(merged).max() <= limit
+
+
 def test_another_variant_takes_over_only_what_it_has():
     overrides = {"bare": {"variant": "loha"}, "dense": {"variant": "oft", "options": {"block_size": 2}}}
     spec = jlora.LoraSpec(targets=["dense", "bare"], rank=2, alpha=6, init="pissa", dropout=0.1, overrides=overrides)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jlora.apply import apply
 from jlora.axes import Axes
-from jlora.fields import PAIR, frozen, static, trained
+from jlora.fields import PAIR, frozen, mapped, matrices, sizes_of, static, trained
 from jlora.init.spectral import leading
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes import AdaptedParam, is_node
@@ -60,13 +60,13 @@ def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, pas
       Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
       arXiv:2410.07170.
     """
-    nodes, put = _adapted("eva", tree)
+    _, nodes, put = _adapted("eva", tree)
     batches = _some("eva", batches)
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     columns = [_start(node, key) for node, key in zip(nodes, keys, strict=True)]
 
     def outputs(columns: list[jax.Array], tree: Any, batch: Any) -> jax.Array:
-        nodes, put = _adapted("eva", tree)
+        _, nodes, put = _adapted("eva", tree)
         probes = [_InputProbe(node.base, x, node.axes, node.layers) for node, x in zip(nodes, columns, strict=True)]
         return _total(apply(fn, fallback="ignore")(put(probes), batch))
 
@@ -90,8 +90,7 @@ class _InputProbe(AdaptedParam):
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key
         rank = self.probe.shape[-1]
-        outs = tuple(self.shape[axis] for axis in self.axes.out_axis)
-        zero = jnp.zeros((*self.probe.shape[: len(self.axes.batch_axis)], rank, *outs), self.probe.dtype)
+        zero = jnp.zeros(sizes_of(self, PAIR[1], {"rank": rank}), self.probe.dtype)
         factors = self.beside(self.probe, PAIR[0]), self.beside(zero, PAIR[1])
         return low_rank(self.base, *factors, name=name, tap=_its_own_gradient)
 
@@ -106,10 +105,8 @@ _its_own_gradient.defvjp(lambda h: (h, h), lambda h, _: (h,))
 
 
 def _start(node: Any, key: jax.Array) -> jax.Array:
-    width = min(2 * node.lora_a.shape[-1] + 4, _size(node, node.axes.in_axis))
-    batch = node.lora_a.shape[: len(node.axes.batch_axis)]
-    ins = node.lora_a.shape[len(batch) : -1]
-    return _orthonormal(node, jax.random.normal(key, (*batch, *ins, width)))
+    width = min(2 * node.lora_a.shape[-1] + 4, _size(node, "in"))
+    return _orthonormal(node, jax.random.normal(key, sizes_of(node, PAIR[0], {"rank": width})))
 
 
 def _orthonormal(node: Any, x: jax.Array) -> jax.Array:
@@ -150,15 +147,13 @@ def lora_ga(
     References:
       Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000.
     """
-    nodes, put = _adapted("lora_ga", tree)
+    paths, nodes, put = _adapted("lora_ga", tree)
     batches = _some("lora_ga", batches)
-    paths, leaves, _ = flatten(tree, is_node)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if hasattr(leaf, "start"):
-            _check_twice(path, leaf)
+    for path, node in zip(paths, nodes, strict=True):
+        _check_twice(path, node)
 
     def plain(bases: list[Any], tree: Any, batch: Any) -> jax.Array:
-        nodes, put = _adapted("lora_ga", tree)
+        _, nodes, put = _adapted("lora_ga", tree)
         given = [dataclasses.replace(node, base=base) for node, base in zip(nodes, bases, strict=True)]
         return loss(unwrap(put(given)), batch)
 
@@ -169,7 +164,7 @@ def lora_ga(
 
 
 def _check_twice(path: str, node: Any) -> None:
-    rank, sizes = node.lora_a.shape[-1], (_size(node, node.axes.in_axis), _size(node, node.axes.out_axis))
+    rank, sizes = node.lora_a.shape[-1], (_size(node, "in"), _size(node, "out"))
     if 2 * rank > min(sizes):
         raise ValueError(
             f"lora_ga: it takes 2 x rank singular vectors, but {path} of shape {tuple(node.shape)} maps {sizes[0]} to "
@@ -179,22 +174,17 @@ def _check_twice(path: str, node: Any) -> None:
 
 
 def _from_gradient(node: Any, grad: jax.Array, key: jax.Array, gamma: float, niter: int) -> Any:
-    axes, rank, outs = node.axes, node.lora_a.shape[-1], _size(node, node.axes.out_axis)
-    ordered = jnp.transpose(node.of_layers(grad), (*axes.batch_axis, *axes.in_axis, *axes.out_axis))
-    matrices = ordered.astype(jnp.float32).reshape(*ordered.shape[: len(axes.batch_axis)], -1, outs)
-    decompose = lambda matrix: leading(matrix, 2 * rank, key, niter)
-    for _ in axes.batch_axis:
-        decompose = jax.vmap(decompose)
-    u, _, vt = decompose(matrices)
-    scale = outs**0.25 / gamma**0.5
+    rank = node.lora_a.shape[-1]
+    u, _, vt = mapped(node, lambda matrix: leading(matrix, 2 * rank, key, niter), matrices(node, grad))
+    scale = _size(node, "out") ** 0.25 / gamma**0.5
     lora_a = (scale * u[..., :rank]).reshape(node.lora_a.shape).astype(node.lora_a.dtype)
     lora_b = (scale * vt[..., rank : 2 * rank, :]).reshape(node.lora_b.shape).astype(node.lora_b.dtype)
     return dataclasses.replace(node, lora_a=lora_a, lora_b=lora_b, start=(jnp.copy(lora_a), jnp.copy(lora_b)))
 
 
-def _adapted(name: str, tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The nodes with low-rank factors that may start anywhere, and a function that puts others in their places."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
+def _adapted(name: str, tree: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]]:
+    """The nodes with low-rank factors that may start anywhere, by path, and a function that puts others there."""
+    paths, leaves, treedef = flatten(tree, is_node)
     places = [i for i, leaf in enumerate(leaves) if is_node(leaf) and hasattr(leaf, "start")]
     if not places:
         kinds = sorted({type(leaf).__name__ for leaf in leaves if is_node(leaf)})
@@ -202,7 +192,7 @@ def _adapted(name: str, tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any
         raise ValueError(
             f"{name}: the second argument is a tree of jlora.wrap with variant 'lora', 'dora' or 'lora_fa'; {found}"
         )
-    return [leaves[i] for i in places], refill(treedef, leaves, places)
+    return [paths[i] for i in places], [leaves[i] for i in places], refill(treedef, leaves, places)
 
 
 def _some(name: str, batches: Iterable[Any]) -> list[Any]:
@@ -239,5 +229,5 @@ def _matrices(node: Any, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[: len(node.axes.batch_axis)], -1, x.shape[-1])
 
 
-def _size(node: Any, axes: Iterable[int]) -> int:
-    return math.prod(node.shape[axis] for axis in axes)
+def _size(node: Any, word: str) -> int:
+    return math.prod(sizes_of(node, word))

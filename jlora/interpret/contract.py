@@ -1,7 +1,7 @@
 """Rules of the primitives that consume a weight: products, lookups, convolutions.
 
 Each leaves the base's own equation as the function wrote it and adds the low-rank path: two small products. All of them
-end in `low_rank`, the one place that decides how the path is computed.
+end in `factored_product`, the one place that decides how the path is computed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if weight.pair:
         precision = eqn.params["precision"]
         settings = {"precision": swapped(precision) if is_left else precision}
-        z = low_rank(x, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
+        z = factored_product(x, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
         y = _added(y, cast(z, y.dtype))
     return ends.after(y)
 
@@ -67,7 +67,9 @@ def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labe
     return tuple(lhs), tuple(rhs), tuple(out)
 
 
-def low_rank(x: Any, xs: Labels, weight: Factored, ws: Labels, out: Labels, precision: Any, preferred: Any) -> Any:
+def factored_product(
+    x: Any, xs: Labels, weight: Factored, ws: Labels, out: Labels, precision: Any, preferred: Any
+) -> Any:
     """s (x . a) . b, or s (x . b) . a where b has the contracted axes: broadcastable to the result's shape.
 
     Computed in the dtype of the activations; the scale is put on the small middle tensor.

@@ -74,10 +74,6 @@ class Factored(Tracked):
     tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @property
     def pair(self) -> tuple[Any, Any] | None:
         """The low-rank factors (a, b), if it has them."""
         return self.factors[:2] if self.roles[:2] == ("a", "b") else None

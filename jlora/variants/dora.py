@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.axes import Axes
-from jlora.fields import PAIR, frozen, static, trained
+from jlora.fields import PAIR, frozen, of_layers, static, trained
 from jlora.interpret.factored import Factored, gained
 from jlora.interpret.products import contract, wide
 from jlora.kernel import Kernel
@@ -62,7 +62,7 @@ class DoraParam(AdaptedParam):
         """||W||^2 + 2 s sum(W^T A * B^T) + s^2 sum(B * (A^T A) B), of shape (batch..., out...)."""
         sums = wide(self.lora_a.dtype)
         lora_a, lora_b = (lax.stop_gradient(factor).astype(sums) for factor in from_start(self))
-        weight = lax.stop_gradient(self.of_layers(self.base)).astype(sums)
+        weight = lax.stop_gradient(of_layers(self, self.base)).astype(sums)
         batch, ins, outs = self.axes.batch_axis, self.axes.in_axis, self.axes.out_axis
         a, b, made = (*batch, *ins, "r"), (*batch, "r", *outs), (*batch, "r", *outs)
         cross = contract(weight, tuple(range(self.ndim)), lora_a, a, made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,47 +17,27 @@ from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class OftParam(AdaptedParam):
-    """``R W`` with R block-diagonal and orthogonal, of the Cayley form ``(I - Q) (I + Q)^-1`` with Q skew-symmetric.
-
-    R acts on the last of the in axes, with blocks of its own for each place of the others; those of a convolution's
-    window share them. The option ``block_size`` is the size of a block, by default the largest up to 32 that fits.
-    With ``factors`` m > 1, R is the product of m such matrices, the blocks of the i-th made of elements block_size^i
-    apart (a butterfly).
-
-    Args:
-      base, axes, layers: as in `jlora.LoraParam`.
-      oft_q: the entries of Q above the diagonal, of shape (batch..., factors, blocks, size (size - 1) / 2), trained;
-        zero at the start.
-      size: of a block.
-
-    References:
-      Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280;
-      Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv:2311.06243.
-    """
+class Rotation(AdaptedParam):
+    """What OFT and BOFT have in common: all but the options."""
 
     KINDS = ("dot", "conv")
     SETTINGS = ()
-    OPTIONS = {"block_size": None, "factors": 1}
-    LARGEST = 32
+    LARGEST: ClassVar[int]
 
-    base: Any = frozen()
-    oft_q: Any = trained("batch factors blocks entries")
-    axes: Axes = static()
-    size: int = static()
-    layers: tuple[int, ...] | None = static(default=None)
+    oft_q: Any
+    axes: Axes
+    size: int
 
     @classmethod
-    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> OftParam:
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> Any:
         del key
         last = kernel.shape[kernel.axes.in_axis[-1]]
         size, factors = _blocks(kernel, last, cls.LARGEST)
         turned = last if kernel.kind == "conv" else kernel.size("in")
         entries = size * (size - 1) // 2
         shape = kernel.sizes("batch factors blocks entries", factors=factors, blocks=turned // size, entries=entries)
-        return cls(base, jnp.zeros(shape, kernel.dtype), size=size, **kernel.place)
+        made: Any = cls
+        return made(base, jnp.zeros(shape, kernel.dtype), size=size, **kernel.place)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,16 +61,51 @@ class OftParam(AdaptedParam):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BoftParam(OftParam):
+class OftParam(Rotation):
+    """``R W`` with R block-diagonal and orthogonal, of the Cayley form ``(I - Q) (I + Q)^-1`` with Q skew-symmetric.
+
+    R acts on the last of the in axes, with blocks of its own for each place of the others; those of a convolution's
+    window share them. The option ``block_size`` is the size of a block, by default the largest up to 32 that fits.
+    With ``factors`` m > 1, R is the product of m such matrices, the blocks of the i-th made of elements block_size^i
+    apart (a butterfly).
+
+    Args:
+      base, axes, layers: as in `jlora.LoraParam`.
+      oft_q: the entries of Q above the diagonal, of shape (batch..., factors, blocks, size (size - 1) / 2), trained;
+        zero at the start.
+      size: of a block.
+
+    References:
+      Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280;
+      Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv:2311.06243.
+    """
+
+    OPTIONS = {"block_size": None, "factors": 1}
+    LARGEST = 32
+
+    base: Any = frozen()
+    oft_q: Any = trained("batch factors blocks entries")
+    axes: Axes = static()
+    size: int = static()
+    layers: tuple[int, ...] | None = static(default=None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoftParam(Rotation):
     """`OftParam` with a butterfly of two factors, R = R_0 R_1, of blocks of up to 4, unless the options say otherwise.
 
-    An axis that no square divides gets one factor.
-
-    There is no scale of the outputs, which PEFT's BOFT trains besides.
+    An axis that no square divides gets one factor. There is no scale of the outputs, which PEFT's BOFT trains besides.
     """
 
     OPTIONS = {"block_size": None, "factors": None}
     LARGEST = 4
+
+    base: Any = frozen()
+    oft_q: Any = trained("batch factors blocks entries")
+    axes: Axes = static()
+    size: int = static()
+    layers: tuple[int, ...] | None = static(default=None)
 
 
 def _blocks(kernel: Kernel, last: int, largest: int) -> tuple[int, int]:

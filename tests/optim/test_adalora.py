@@ -207,13 +207,6 @@ def trained(tx: Any, params: Any, gradient: Any, steps: int = 30) -> Any:
     return params
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own arithmetic mixes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def tx_of(params: Any, inner: Any, **settings: Any) -> Any:
     return jlora.optimizer(adalora(inner, **(STEPS | settings)), params)
 

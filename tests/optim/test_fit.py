@@ -17,14 +17,6 @@ from jlora.optim import adalora
 from jlora.optim.fit import Unchanged
 from tests.support import randomised, same_bits
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own arithmetic mixes types."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 RNG = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
 PARAMS = {"up": {"kernel": normal(6, 8), "bias": normal(8)}, "down": normal(8, 4), "head": normal(4, 2)}

@@ -16,13 +16,6 @@ from jlora import LoraSpec
 from tests.support import randomised, same_bits
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's own arithmetic mixes types: Adam's bias correction is a power of a float with an integer."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(shape).normal(size=shape), jnp.float32)
 
