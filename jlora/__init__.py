@@ -4,7 +4,7 @@
 factored cost, `optimizer` trains the adapters and holds the base, `merge` gives a plain tree again, W + scale * A @ B.
 """
 
-from jlora import init, optim, variants
+from jlora import checkpoint, init, optim, peft, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.axes import Axes
 from jlora.convert import fold_and_restart, to_plain_lora
@@ -28,6 +28,7 @@ __all__ = [
     "MergePrecisionWarning",
     "TrainableParam",
     "apply",
+    "checkpoint",
     "combine",
     "explain",
     "fold_and_restart",
@@ -38,6 +39,7 @@ __all__ = [
     "optim",
     "optimizer",
     "partition",
+    "peft",
     "sites",
     "summary",
     "to_plain_lora",

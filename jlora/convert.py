@@ -45,19 +45,21 @@ def to_plain_lora(tree: Any) -> Any:
       2
     """
     paths, leaves, treedef = flatten(tree, is_node)
-    return treedef.unflatten([_plain(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+    others = (TrainableParam, LoraBiasParam, TokensParam)
+    is_update = lambda leaf: is_node(leaf) and not isinstance(leaf, others)
+    made = [plain("to_plain_lora", path, x) if is_update(x) else x for path, x in zip(paths, leaves, strict=True)]
+    return treedef.unflatten(made)
 
 
-def _plain(path: str, node: Any) -> Any:
-    if not is_node(node) or isinstance(node, (TrainableParam, LoraBiasParam, TokensParam)):
-        return node
-    check_fit("to_plain_lora", path, node)
+def plain(where: str, path: str, node: Any) -> LoraParam:
+    """A node that is a low-rank update of its base, as that of `LoraParam`; errors name `where`."""
+    check_fit(where, path, node)
     if isinstance(node, LoraParam) and not node.start:
         return node
     weight = node.effective(path, None)
     if not isinstance(weight, Factored) or weight.roles != ("a", "b"):
         raise ValueError(
-            f"to_plain_lora: {path} is a {type(node).__name__}, which is no low-rank update of its base; jlora.merge "
+            f"{where}: {path} is a {type(node).__name__}, which is no low-rank update of its base; jlora.merge "
             "gives the kernel itself"
         )
     a, b = weight.factors

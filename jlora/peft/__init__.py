@@ -1,0 +1,101 @@
+"""Adapter files of Hugging Face's PEFT: read onto any tree, written from any tree; and whole models.
+
+References:
+  https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora.interpret.sites import Site
+from jlora.peft.collect import collect
+from jlora.peft.maps import NAMES
+from jlora.peft.models import from_safetensors, to_safetensors
+from jlora.peft.names import Entry, Layout
+from jlora.peft.place import place
+from jlora.peft.portable import low_rank
+from jlora.peft.portable import portable as _portable
+from jlora.peft.read import read
+from jlora.peft.write import write
+
+__all__ = ["NAMES", "Layout", "from_safetensors", "load", "low_rank", "save", "to_safetensors"]
+
+
+def load(
+    directory: str | Path,
+    params: Any,
+    *,
+    names: str | Sequence[Entry] | None = None,
+    sites: Mapping[str, Site] | None = None,
+    allow_nonfinite: bool = False,
+) -> Any:
+    """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
+
+    Nothing in the files is trusted: names and shapes are checked against the settings and the tree before anything is
+    made, base weights are never overwritten, nothing is unpickled, and no name is a path. The tree stays as it is.
+
+    Args:
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      params: any tree of arrays, placed or abstract. With PyTorch's names (a model's safetensors, nested by the dots,
+        or the parameters of Transformers' Flax models) it needs no `names`.
+      names: from PyTorch's names to the tree's: one of `NAMES`, or an ordered list of pairs such as
+        ``("model.layers.{i}.self_attn.{p}_proj", "layers/attn/{p}/kernel[{i}]")``, ``[{i}]`` being the place on the
+        stacked axis. A third entry, a `Layout`, says what sizes do not tell.
+      sites: what `jlora.sites` found, for kernels whose axes neither names nor sizes tell.
+      allow_nonfinite: take NaN and infinite values as they are.
+
+    Returns:
+      The tree with a `jlora.LoraParam` or a DoRA node for each adapted kernel, factors in float32, and a
+      `jlora.TrainableParam` for each leaf of ``modules_to_save`` and each trained bias. A table that a model uses as
+      its head too has one update, for both uses.
+
+    Raises:
+      FileNotFoundError: if there are no such files.
+      TypeError: if the tree is wrapped already.
+      ValueError: if the files are not what PEFT writes, or do not fit the tree.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"layers": {"0": {"q_proj": {"weight": jnp.ones((4, 3))}}}}  # (out, in), as in PyTorch
+      >>> axes = {"q_proj": jlora.Axes(in_axis=1, out_axis=0)}
+      >>> tree = jlora.wrap(params, jlora.LoraSpec(targets="q_proj", rank=2, axes=axes))
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.save(directory, tree)
+      ...     again = jlora.peft.load(directory, params)
+      >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
+      (3, 2)
+    """
+    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites)
+
+
+def save(
+    directory: str | Path,
+    tree: Any,
+    *,
+    names: str | Sequence[Entry] | None = None,
+    base_model: str | None = None,
+    portable: bool = False,
+) -> None:
+    """Writes the adapter of a wrapped tree as PEFT does: a few MB, without the base.
+
+    Low-rank variants are written as plain LoRA of the same function (those that started from parts of the kernel with
+    twice the rank), DoRA as itself.
+
+    Args:
+      directory: for ``adapter_config.json`` and ``adapter_model.safetensors``; each appears whole or not at all.
+      tree: a wrapped tree.
+      names: as in `load`.
+      base_model: the model's name, for ``base_model_name_or_path``.
+      portable: write what vLLM, SGLang, llama.cpp and TGI read alike: every scale folded into B, one rank, no patterns,
+        all layers.
+
+    Raises:
+      TypeError: if nothing in the tree is wrapped.
+      ValueError: if a leaf has no name in PyTorch, or its adapter no form in PEFT, or with `portable` none there; the
+        message says what to do.
+    """
+    collected = collect(tree, names)
+    write(Path(directory), _portable(collected) if portable else collected, base_model)

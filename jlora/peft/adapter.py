@@ -1,0 +1,90 @@
+"""An adapter by itself, as PyTorch lays it out: what a file holds, without a base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+LINEAR, EMBEDDING, CONV, EXPERTS = "linear", "embedding", "conv", "experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The low-rank update of one module or parameter, ``scale * B @ A`` in PyTorch's orientation.
+
+    Args:
+      kind: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"experts"``.
+      a: (r, in), (r, tokens), (r, in, height, width) or (experts, r, in).
+      b: (out, r), (features, r), (out, r) or (experts, out, r).
+      scale: s.
+      magnitude: DoRA's, (out,), or None.
+      bias: of B, (out,), or None: the layer's bias becomes ``bias + scale * bias_of_B``.
+    """
+
+    kind: str
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[-1]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those of its arrays that are there."""
+        named = {"A": self.a, "B": self.b, "magnitude": self.magnitude, "bias of B": self.bias}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def delta(self, shape: tuple[int, ...]) -> np.ndarray:
+        """``scale * B @ A`` in float32, of the shape of the weight as PyTorch keeps it."""
+        a, b = self.a.astype(np.float32), self.b.astype(np.float32)
+        if self.kind == EXPERTS:
+            product = self.scale * (b @ a)
+            return product if product.shape == shape else product.swapaxes(-1, -2)
+        product = self.scale * (b @ a.reshape(self.rank, -1))
+        if self.kind == CONV:
+            return product.reshape(shape)
+        is_turned = self.kind == EMBEDDING or product.shape != shape
+        return product.T if is_turned else product
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What an adapter's files hold, by PyTorch's names of modules and parameters.
+
+    Args:
+      updates: by the name of the module, or of the parameter of stacked experts.
+      full: arrays trained in full, by the name of the parameter.
+      tokens: rows of tables, by the name of the module: the indices, and rows of shape (n, features).
+      bases: copies of base weights that the files hold, by the name of the parameter; never used as weights.
+      dropout: the rate at training.
+      conv1d: whether 2-D weights are (in, out), as in GPT-2; None: not said.
+      start: the initialisation, where it has changed the base (``"pissa"``, ``"olora"``); None otherwise.
+      config: the settings, as read.
+    """
+
+    updates: Mapping[str, Update]
+    full: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    tokens: Mapping[str, tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
+    bases: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0
+    conv1d: bool | None = None
+    start: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_dora(self) -> bool:
+        return any(update.magnitude is not None for update in self.updates.values())
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All arrays that were trained, each with a name for messages."""
+        for name, update in self.updates.items():
+            yield from ((f"{part} of {name}", x) for part, x in update.arrays.items())
+        yield from self.full.items()
+        yield from ((f"rows of {name}", rows) for name, (_, rows) in self.tokens.items())

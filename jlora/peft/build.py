@@ -1,0 +1,307 @@
+"""The nodes of a wrapped tree, each of the parts that an adapter has for a leaf."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora import sharding
+from jlora.axes import Axes
+from jlora.checks import check_made
+from jlora.kernel import Kernel
+from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
+from jlora.peft import layout
+from jlora.peft.adapter import Adapter, Update
+from jlora.peft.layout import Part, Sizes, Words
+from jlora.peft.names import Slot
+from jlora.spec import LoraSpec
+from jlora.variants.bias import LoraBiasParam
+from jlora.variants.dora import DoraParam, squared_norms
+from jlora.variants.tokens import TokensParam
+
+
+class Piece(NamedTuple):
+    """The part of a leaf that a module is, and what the adapter has for it."""
+
+    name: str
+    slot: Slot
+    value: Any
+
+
+class Tree(NamedTuple):
+    """The leaves of the parameters, by path, the axes of those of which they are known, and the adapter."""
+
+    leaves: Mapping[str, Any]
+    axes: Mapping[str, Axes]
+    adapter: Adapter
+
+
+def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
+    """The node of a kernel: the factors of its parts, one beside the other on the axes that they are parts of."""
+    base, adapter = tree.leaves[path], tree.adapter
+    words, fixed = _words(path, pieces, tree), _fixed(path, pieces)
+    axes = _axes(words, fixed, len(base.shape))
+    part = Part(words, _left(pieces[0].slot, base.shape), pieces[0].slot.layout)
+    scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
+    rank = max(piece.value.rank for piece in pieces)
+    batch = len(part.of("batch"))
+
+    def factors(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
+        update, own = piece.value, part._replace(layout=piece.slot.layout)
+        lora_b = layout.lora_b(update, piece.slot, own) * np.float32(update.scale / scale)
+        return _padded(layout.lora_a(update, own), rank, batch + len(part.of("in"))), _padded(lora_b, rank, batch)
+
+    stack = _Stack.of(path, pieces, fixed, base.shape)
+    lora_a, lora_b = map(stack, zip(*map(factors, pieces), strict=True))
+    settings = {"axes": axes, "scale": scale, "dropout": adapter.dropout, "layers": stack.layers}
+    if not adapter.is_dora:
+        node: Any = LoraParam(None, lora_a, lora_b, **settings)
+    else:
+        own = lambda piece: part._replace(layout=piece.slot.layout)
+        magnitude = stack.whole([layout.vector(p.value.magnitude, p.slot, own(p)) for p in pieces])
+        node = DoraParam(None, lora_a, lora_b, magnitude, None, **settings)
+    if adapter.start is not None:
+        _check_alike(path, pieces, adapter.start)
+    return _placed(path, onto(node, base, adapter.start))
+
+
+def _left(slot: Slot, shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of the axes of a leaf that a part of it has whole."""
+    return tuple(n for n, at in zip(shape, slot.index, strict=True) if at is None)
+
+
+def _place(slot: Slot) -> tuple[Any, ...]:
+    return tuple(slice(None) if at is None else at for at in slot.index)
+
+
+def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
+    """Which axes of the parts of a leaf are in, out and stacked: as traced, as the map says, or by their sizes."""
+    (name, slot, update), shape = pieces[0], tree.leaves[path].shape
+    sizes = Sizes.of_update(update, slot)
+    if path in tree.axes:
+        words = layout.words_of(slot, tree.axes[path])
+        fits = [words] if layout.is_fitting(words, _left(slot, shape), sizes) else []
+    else:
+        fits = layout.fitting(slot, shape, sizes, _is_turned(pieces[0], tree))
+    if len(fits) == 1:
+        return fits[0]
+    factors = f"peft.load: {name} has factors {update.a.shape} and {update.b.shape}"
+    if not fits:
+        raise ValueError(f"{factors}, which do not fit {path} of shape {tuple(shape)}")
+    raise ValueError(
+        f"{factors}; the sizes of {path}, {tuple(shape)}, do not tell its axes: {_either(fits)}. Give "
+        'sites=jlora.sites(fn, params, *args), or say it in the map: (name, path, jlora.peft.Layout("in out out"))'
+    )
+
+
+def _either(fits: Sequence[Words]) -> str:
+    return " or ".join(map(" ".join, fits))
+
+
+def _is_turned(piece: Piece, tree: Tree) -> bool:
+    """Of a square weight, whether it is (in, out): as those of modules of its name that are not square, or as said."""
+    last = piece.name.rpartition(".")[2]
+    for name, update in tree.adapter.updates.items():
+        leaf = tree.leaves.get(f"{name.replace('.', '/')}/weight", tree.leaves.get(f"{name}.weight"))
+        shape: Any = getattr(leaf, "shape", ())
+        if name.rpartition(".")[2] == last and len(shape) == 2 == update.a.ndim and shape[0] != shape[1]:
+            return shape[0] == update.a.shape[1]
+    return bool(tree.adapter.conv1d)
+
+
+def _fixed(path: str, pieces: list[Piece]) -> tuple[int, ...]:
+    """The axes on which the parts of a leaf are."""
+    found = {tuple(axis for axis, at in enumerate(p.slot.index) if at is not None) for p in pieces}
+    if len(found) > 1:
+        raise ValueError(f"peft.load: the map takes {path} apart in two ways, on axes {' and '.join(map(str, found))}")
+    return found.pop()
+
+
+def _axes(words: Words, fixed: tuple[int, ...], ndim: int) -> Axes:
+    left = [axis for axis in range(ndim) if axis not in fixed]
+    of = lambda word: tuple(axis for axis, w in zip(left, words, strict=True) if w == word)
+    return Axes(of("in"), of("out"), (*fixed, *of("batch")))
+
+
+def _padded(x: np.ndarray, rank: int, axis: int) -> np.ndarray:
+    widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)]
+    return np.pad(x, widths) if x.shape[axis] < rank else x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """Puts arrays at their places on stacked axes, which come first; zero where there is none.
+
+    Args:
+      path: of the leaf.
+      places: of the arrays.
+      sizes: of the stacked axes.
+      layers: which places there are on the first of them; None: all.
+    """
+
+    path: str
+    places: list[tuple[int, ...]]
+    sizes: tuple[int, ...]
+    layers: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, path: str, pieces: list[Piece], fixed: tuple[int, ...], shape: Sequence[int]) -> _Stack:
+        places: Any = [tuple(piece.slot.index[axis] for axis in fixed) for piece in pieces]
+        sizes = [shape[axis] for axis in fixed]
+        there = sorted({place[0] for place in places if place})
+        layers = None if not fixed or len(there) == sizes[0] else tuple(there)
+        if layers is not None:
+            sizes[0] = len(layers)
+        return cls(path, places, tuple(sizes), layers)
+
+    def __call__(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if not self.sizes:
+            return arrays[0]
+        stacked = np.zeros((*self.sizes, *arrays[0].shape), np.float32)
+        for array, (first, *rest) in zip(arrays, self.places, strict=True):
+            stacked[(first if self.layers is None else self.layers.index(first), *rest)] = array
+        return stacked
+
+    def whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of arrays that can't be zero."""
+        if len({*self.places}) < math.prod(self.sizes):
+            raise ValueError(
+                f"peft.load: DoRA's magnitudes are there for some parts of {self.path}, and not for others"
+            )
+        return self(arrays)
+
+
+def _check_alike(path: str, pieces: list[Piece], init: str) -> None:
+    update = pieces[0].value
+    if any((p.value.rank, p.value.scale) != (update.rank, update.scale) for p in pieces):
+        raise ValueError(f"peft.load: the parts of {path} differ in rank or scale, which init={init!r} does not allow")
+
+
+def onto(node: Any, base: Any, start: str | None = None) -> Any:
+    """A node put onto a base, with what is computed of that: DoRA's norms, the factors that were taken out of it.
+
+    Args:
+      node: without a base, or with an abstract one.
+      base: of its shape.
+      start: the initialisation, where it has changed the base; None: what the node was made with.
+    """
+    if not isinstance(node, (LoraParam, DoraParam)):
+        return dataclasses.replace(node, base=node.base if isinstance(node, TrainableParam) else base)
+    abstractly = isinstance(base, jax.ShapeDtypeStruct)
+    run = lambda fn: jax.eval_shape(fn, base) if abstractly else jax.jit(fn)(base)
+    if isinstance(node, DoraParam):
+        norms = lambda base: squared_norms(dataclasses.replace(node, base=base), base)
+        node = dataclasses.replace(node, norm2=run(norms))
+    if start is not None:
+        node = dataclasses.replace(node, start=run(lambda base: _taken_out(node, base, start)))
+    return dataclasses.replace(node, base=base)
+
+
+def _taken_out(node: Any, base: Any, init: str) -> Any:
+    spec = LoraSpec(rank=node.lora_a.shape[-1], scaling=float(node.scale), init=init)
+    kernel = Kernel("", tuple(base.shape), node.axes, "dot", spec, node.layers)
+    return kernel.low_rank(base, jax.random.key(0))["start"]
+
+
+def _placed(path: str, node: Any) -> AdaptedParam:
+    """The node with its arrays on the devices, placed as the base is."""
+    base, beside = node.base, dataclasses.replace(node, base=None)
+    places = sharding.of_node(beside, base)
+    nodes = (beside,) if places is None else (beside, places)
+    node = dataclasses.replace(jax.tree.map(_on_device, *nodes), base=base)
+    check_made(path, node)
+    return node
+
+
+def _on_device(x: Any, place: Any = None) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jnp.asarray(x) if place is None else jax.device_put(x, place)
+
+
+def _as_base(x: np.ndarray, base: Any) -> jax.Array:
+    """An array of the base's shape, placed as it is."""
+    place = getattr(base, "sharding", None)
+    return _on_device(x, place if isinstance(place, jax.sharding.NamedSharding) else None)
+
+
+def trained_in_full(path: str, pieces: list[Piece], tree: Tree) -> TrainableParam:
+    """A leaf trained in full, with the values of its parts; the other parts as they were."""
+    base = tree.leaves[path]
+    is_all = all(at is None for at in pieces[0].slot.index)
+    if isinstance(base, jax.ShapeDtypeStruct) and not is_all:
+        raise ValueError(
+            f"peft.load: some parts of {path} are trained in full; so the tree must have the values of all"
+        )
+    whole = np.empty(base.shape, base.dtype) if is_all else np.array(base)
+    for piece in pieces:
+        whole[_place(piece.slot)] = of_leaf(piece, piece.value, base).astype(base.dtype)
+    return TrainableParam(_as_base(whole, base))
+
+
+def of_leaf(piece: Piece, array: np.ndarray, base: Any) -> np.ndarray:
+    """A whole parameter of PyTorch's as the part of the leaf.
+
+    Raises:
+      ValueError: if it does not fit.
+    """
+    name, slot, _ = piece
+    left = _left(slot, base.shape)
+    told = f"peft: {name} of shape {array.shape} does not fit {slot.path} of shape {tuple(base.shape)}"
+    if slot.is_native or array.ndim < 2:
+        if array.size != math.prod(left) or (slot.is_native and array.shape != left):
+            raise ValueError(told)
+        return array if slot.is_native else layout.vector(array, slot, Part(("out",) * len(left), left, slot.layout))
+    sizes = Sizes.of_weight(name, array.shape)
+    fits = layout.fitting(slot, base.shape, sizes)
+    if len(fits) != 1:
+        ways = f", or in several ways: {_either(fits)}" if fits else ""
+        raise ValueError(f'{told}{ways}; the map may say how: (name, path, jlora.peft.Layout("in out"))')
+    return layout.leaf_weight(array, sizes.kind, Part(fits[0], left, slot.layout))
+
+
+def with_bias(path: str, pieces: list[Piece], tree: Tree) -> LoraBiasParam:
+    """A bias with that of the update beside it."""
+    base, scale = tree.leaves[path], pieces[0].value.scale
+    whole = np.zeros(base.shape, np.float32)
+    for piece in pieces:
+        update: Update = piece.value
+        assert update.bias is not None
+        whole[_place(piece.slot)] = of_leaf(piece, update.bias, base) * np.float32(update.scale / scale)
+    return LoraBiasParam(base, _as_base(whole, base), scale)
+
+
+def with_rows(path: str, pieces: list[Piece], tree: Tree) -> TokensParam:
+    """A table of which some rows are trained."""
+    base, (name, slot, (tokens, rows)) = tree.leaves[path], pieces[0]
+    if len(pieces) > 1 or len(base.shape) != 2 or rows.shape[1] != base.shape[1] or max(tokens) >= base.shape[0]:
+        raise ValueError(
+            f"peft.load: the adapter has rows {min(tokens)} to {max(tokens)} of {name}, of shape {rows.shape}, which "
+            f"do not fit {path} of shape {tuple(base.shape)}"
+        )
+    factor = Part(("in", "out"), tuple(base.shape), slot.layout).factor
+    return TokensParam(base, jnp.asarray(rows.astype(np.float32) * np.float32(factor)), tokens)
+
+
+def check_bases(tree: Tree, tables: Mapping[str, list[Piece]]) -> None:
+    """Refuses an adapter whose own copy of a table is another than the tree's: it was trained on another model."""
+    for path, pieces in tables.items():
+        base = tree.leaves[path]
+        for piece in pieces:
+            theirs = of_leaf(piece, piece.value, base).astype(np.float32)
+            if isinstance(base, jax.ShapeDtypeStruct):
+                continue
+            ours = np.asarray(base[_place(piece.slot)], np.float32)
+            if np.abs(ours - theirs).max() > 0.01 * np.abs(ours).max():
+                raise ValueError(
+                    f"peft.load: the adapter's file has a copy of {piece.name} that differs from {path}: it was "
+                    "trained on another base, or on one with another vocabulary. The base is never overwritten; load "
+                    "the adapter onto that model"
+                )

@@ -1,0 +1,204 @@
+"""A wrapped tree's adapter, as PyTorch lays it out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jlora.axes import Axes
+from jlora.convert import plain
+from jlora.nodes import LoraParam, TrainableParam, from_start, is_node
+from jlora.paths import flatten
+from jlora.peft import layout
+from jlora.peft.adapter import EXPERTS, LINEAR, Adapter, Update
+from jlora.peft.layout import Part
+from jlora.peft.maps import resolved
+from jlora.peft.names import Entry, Slot, leaf_shapes, slots_of
+from jlora.peft.parts import parameter_of, torch_array
+from jlora.tree import has_nodes
+from jlora.variants.bias import LoraBiasParam
+from jlora.variants.dora import DoraParam
+from jlora.variants.tokens import TokensParam
+
+Named = tuple[str, Slot]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """An adapter, and what else of the tree its settings depend on.
+
+    Args:
+      adapter: what was trained.
+      known: all of the tree's modules and parameters by PyTorch's names; True where it is a kernel.
+      frozen: the values of parameters that lie in a module beside one that trains.
+    """
+
+    adapter: Adapter
+    known: Mapping[str, bool]
+    frozen: Mapping[str, np.ndarray]
+
+
+def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
+    """Takes the adapter out of a wrapped tree; arguments and errors as of `jlora.peft.save`."""
+    if not has_nodes(tree):
+        raise TypeError("peft.save takes a tree that jlora.wrap or jlora.peft.load returned; no leaf of it is wrapped")
+    paths, leaves, _ = flatten(tree, is_node)
+    by_path = dict(zip(paths, leaves, strict=True))
+    batch = {path: leaf.axes.batch_axis for path, leaf in by_path.items() if is_node(leaf) and hasattr(leaf, "axes")}
+    stacked = {path: axes[0] for path, axes in batch.items() if axes}
+    slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
+    places: dict[str, list[Named]] = collections.defaultdict(list)
+    for name, found in slots.items():
+        for slot in found:
+            places[slot.path].append((name, slot))
+    nodes = {path: leaf for path, leaf in by_path.items() if is_node(leaf)}
+    if missing := [path for path in nodes if path not in places]:
+        raise ValueError(
+            f"peft.save: names has no name for {missing[0]}, which is adapted ({len(missing)} in all); add "
+            f'("its.pytorch.name", {missing[0]!r})'
+        )
+    of = lambda kind: {path: node for path, node in nodes.items() if isinstance(node, kind)}
+    full = dict(_full(of(TrainableParam), places))
+    others = (TrainableParam, LoraBiasParam, TokensParam)
+    kernels = {path: node for path, node in nodes.items() if not isinstance(node, others)}
+    updates = _with_biases(dict(_updates(kernels, places)), dict(_biases(of(LoraBiasParam), places)))
+    tokens = dict(_rows(of(TokensParam), places))
+    dropout = max((getattr(node, "dropout", 0.0) for node in kernels.values()), default=0.0)
+    turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]
+    adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned))
+    known = {name: _is_kernel(by_path[found[0].path], found[0]) for name, found in slots.items()}
+    return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)))
+
+
+def _is_kernel(leaf: Any, slot: Slot) -> bool:
+    return len([at for at in slot.index if at is None]) >= 2 and slot.path.rpartition("/")[2] != "bias"
+
+
+def _is_conv1d(name: str, slot: Slot, node: Any) -> bool:
+    """Whether a weight that lies as PyTorch's is (in, out), as GPT-2's."""
+    words = layout.words_of(slot, node.axes)
+    return slot.is_native and words == ("in", "out") and layout.kind_of(name, slot.path, words) == LINEAR
+
+
+def _updates(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Update]]:
+    parts: dict[str, list[tuple[Slot, Update]]] = collections.defaultdict(list)
+    for path, node in nodes.items():
+        fields = _fields(path, node)
+        for name, slot in places[path]:
+            if _is_adapted(node, slot):
+                parts[name].append((slot, _update(name, slot, node, fields)))
+    for name, found in parts.items():
+        yield name, found[0][1] if found[0][0].part is None else _joined(name, found)
+
+
+def _fields(path: str, node: Any) -> dict[str, Any]:
+    """The arrays of a node as those of plain LoRA or DoRA, and its scale."""
+    if not isinstance(node, (LoraParam, DoraParam)):
+        node = plain("peft.save", path, node)
+    lora_a, lora_b = from_start(node)
+    values = {"a": lora_a, "b": lora_b, "magnitude": getattr(node, "magnitude", None)}
+    host = {name: np.asarray(x, np.float32) for name, x in values.items() if x is not None}
+    return host | {"scale": float(node.scale), "layers": node.layers}
+
+
+def _is_adapted(node: Any, slot: Slot) -> bool:
+    layers = getattr(node, "layers", None)
+    return layers is None or slot.index[node.axes.batch_axis[0]] in (None, *layers)
+
+
+def _update(name: str, slot: Slot, node: Any, fields: Mapping[str, Any]) -> Update:
+    words = layout.words_of(slot, node.axes)
+    part = Part(words, tuple(n for n, at in zip(node.shape, slot.index, strict=True) if at is None), slot.layout)
+    kind, axes = layout.kind_of(name, slot.path, words), node.axes
+    take = lambda x, groups: _taken(x, groups, slot, axes, fields["layers"])
+    a = layout.torch_a(take(fields["a"], (axes.batch_axis, axes.in_axis)), kind, part)
+    b = layout.torch_b(take(fields["b"], (axes.batch_axis, (None,), axes.out_axis)), part)
+    magnitude = fields.get("magnitude")
+    if magnitude is not None:
+        own = take(magnitude, (axes.batch_axis, axes.out_axis))
+        magnitude = layout.torch_outputs(own, part).reshape(-1)
+        if kind == EXPERTS:
+            raise ValueError(f"peft.save: {name} is a stack of experts with DoRA, which PEFT has not; merge it")
+    return Update(kind, a, b, fields["scale"], magnitude)
+
+
+def _taken(x: np.ndarray, groups: Sequence[tuple[int | None, ...]], slot: Slot, axes: Axes, layers: Any) -> np.ndarray:
+    """An array beside the leaf at the slot's places on those of its axes that it has."""
+    places: list[Any] = []
+    for axis in (axis for group in groups for axis in group):
+        at = None if axis is None else slot.index[axis]
+        is_layer = layers is not None and axes.batch_axis[:1] == (axis,)
+        places.append(slice(None) if at is None else layers.index(at) if is_layer and layers else at)
+    return x[tuple(places)]
+
+
+def _joined(name: str, found: list[tuple[Slot, Update]]) -> Update:
+    """Several updates of parts of one module's outputs as one: of the sum of their ranks, where their A differ."""
+    ordered = {slot.part[0]: update for slot, update in found if slot.part is not None}
+    first = found[0][1]
+    if first.magnitude is not None:
+        raise ValueError(
+            f"peft.save: {name} is one module in PyTorch but {len(found)} leaves with DoRA here; merge them"
+        )
+    count = found[0][0].part[1] if found[0][0].part else 1
+    is_shared = len(ordered) == count and all(np.array_equal(u.a, first.a) for u in ordered.values())
+    scaled = {at: u.b * np.float32(u.scale / first.scale) for at, u in ordered.items()}
+    if is_shared:
+        return dataclasses.replace(first, b=np.concatenate([scaled[at] for at in range(count)], axis=-2))
+    axis = first.a.ndim - 2 if first.kind == EXPERTS else 0
+    rows = []
+    for at in range(count):
+        blocks = [b if at == own else np.zeros_like(b) for own, b in sorted(scaled.items())]
+        rows.append(np.concatenate(blocks, axis=-1))
+    a = np.concatenate([u.a for _, u in sorted(ordered.items())], axis=axis)
+    return dataclasses.replace(first, a=a, b=np.concatenate(rows, axis=-2))
+
+
+def _full(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, np.ndarray]]:
+    for path, node in nodes.items():
+        for name, slot in places[path]:
+            yield parameter_of(name, slot), torch_array(name, slot, node.base)
+
+
+def _biases(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, tuple[Any, float]]]:
+    for path, node in nodes.items():
+        for name, slot in places[path]:
+            yield name.removesuffix(".bias"), (torch_array(name, slot, node.lora_bias), float(node.scale))
+
+
+def _with_biases(updates: dict[str, Update], biases: Mapping[str, tuple[np.ndarray, float]]) -> dict[str, Update]:
+    """The updates with their own biases: where one has such, all have."""
+    if not biases:
+        return updates
+    if lone := sorted({*biases} - {*updates}):
+        raise ValueError(f"peft.save: {lone[0]} has a bias of an update, but no update; wrap both with one spec")
+    zero = lambda update: (np.zeros(update.b.shape[-2], np.float32), update.scale)
+    of = {name: biases.get(name, zero(update)) for name, update in updates.items()}
+    scaled = lambda name, update: (of[name][0] * np.float32(of[name][1] / update.scale)).reshape(-1)
+    return {name: dataclasses.replace(u, bias=scaled(name, u)) for name, u in updates.items()}
+
+
+def _rows(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Any]]:
+    for path, node in nodes.items():
+        for name, slot in places[path]:
+            factor = Part(("in", "out"), tuple(node.shape), slot.layout).factor
+            yield name, (node.tokens, np.asarray(node.rows, np.float32) / np.float32(factor))
+
+
+def _beside(
+    full: Mapping[str, Any], updates: Mapping[str, Any], slots: Mapping[str, Sequence[Slot]], leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The other parameters of modules of which one trains."""
+    modules = {name.rpartition(".")[0] for name in full} - {*updates}
+    for module in modules:
+        for name in (module, f"{module}.bias"):
+            for slot in slots.get(name, ()):
+                leaf = leaves[slot.path]
+                parameter = parameter_of(name, slot)
+                if parameter not in full and not is_node(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct):
+                    yield parameter, torch_array(name, slot, leaf)

@@ -1,0 +1,148 @@
+"""``adapter_config.json``: what it says of each module, by PEFT's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from jlora.layers import layer_of
+from jlora.paths import is_of_modules, matcher
+from jlora.settings import modules
+from jlora.spec import LoraSpec
+
+# where the factors started: told apart from what they are now
+STARTS = ("pissa", "olora")
+NEUTRAL = (None, True, False, "true", "gaussian", "orthogonal", "eva")
+_START_SETTINGS = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "task_type")
+_REPLACED = "rank_pattern", "alpha_pattern"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of an adapter of LoRA or DoRA.
+
+    Args:
+      data: as the file has them.
+
+    Raises:
+      ValueError: if a setting is missing, unknown, of another method, or no finite number.
+    """
+
+    data: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in ("peft_type", "r", "lora_alpha") if self.data.get(name) is None]:
+            raise ValueError(f"the settings lack {' and '.join(missing)}")
+        if self.data["peft_type"] != "LORA":
+            raise ValueError(
+                f"peft_type is {self.data['peft_type']!r}; files of LORA (with DoRA and rsLoRA) are read. Merge it in "
+                "PEFT, or train that variant with LoraSpec.from_peft"
+            )
+        _ = self.spec, self.start  # errors at once
+
+    @cached_property
+    def spec(self) -> LoraSpec:
+        """The settings as those of a `jlora.LoraSpec`, but for the start of the factors."""
+        kept = {k: v for k, v in self.data.items() if k not in (*_START_SETTINGS, *_REPLACED)}
+        targets = self.data.get("target_modules") or self.data.get("target_parameters") or self._others()
+        spec = LoraSpec.from_peft(kept | ({} if targets else {"target_modules": ["."]}))
+        patterns = [self.data.get(name) or {} for name in _REPLACED]
+        if not all(isinstance(pattern, Mapping) for pattern in patterns):
+            raise ValueError("rank_pattern and alpha_pattern must map patterns of modules' names to numbers")
+        return dataclasses.replace(spec, overrides=modules.overrides(*patterns))
+
+    def _others(self) -> bool:
+        return bool(self.data.get("modules_to_save") or self.data.get("trainable_token_indices"))
+
+    @cached_property
+    def start(self) -> str | None:
+        """The initialisation, where it has changed the base that the adapter belongs to."""
+        given = self.data.get("init_lora_weights")
+        name = given.lower() if isinstance(given, str) else given
+        if name in NEUTRAL:
+            return None
+        if name in STARTS:
+            return str(name)
+        raise ValueError(
+            f"init_lora_weights is {given!r}, which changes the base in a way that the file does not tell; convert the "
+            "adapter in PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+
+    @property
+    def conv1d(self) -> bool:
+        return bool(self.data.get("fan_in_fan_out"))
+
+    def rank(self, name: str) -> int:
+        """The rank of a module, by ``rank_pattern``."""
+        return self.spec.at(_leaf(name)).rank
+
+    def scale(self, name: str) -> float:
+        """The scale s of a module, by ``alpha_pattern`` and ``use_rslora``."""
+        return self.spec.at(_leaf(name)).scale
+
+    def is_target(self, name: str) -> bool:
+        """Whether a module, or a parameter, is one that the settings name."""
+        path = _leaf(name)
+        if self.spec.layers is not None and layer_of(path, self.spec.layers_name) not in self.spec.layers:
+            return False
+        return self._names(self.spec.targets, name) and not self._names(self.spec.exclude, name)
+
+    @property
+    def has_open_targets(self) -> bool:
+        """Whether the targets are a shorthand that only a model resolves."""
+        return self.spec.targets == "all-linear"
+
+    def is_parameter(self, name: str) -> bool:
+        """Whether ``target_parameters`` names a parameter."""
+        return self._names(modules.parameters(self.parameters), name)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(self.data.get("target_parameters") or ())
+
+    def is_saved(self, parameter: str) -> bool:
+        """Whether a parameter lies in a module of ``modules_to_save``."""
+        saved = tuple(self.data.get("modules_to_save") or ())
+        return bool(saved) and self._names(modules.within(saved), parameter.rpartition(".")[0])
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The rows of a module's table that are trained; none where it is not named."""
+        given = self.data.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((ids for key, ids in given.items() if name.endswith(key)), ())
+        return tuple(given or ())
+
+    def _names(self, patterns: Any, name: str) -> bool:
+        if isinstance(patterns, str):
+            return patterns == "all-linear"
+        paths = lambda pattern: [_leaf(name)] if is_of_modules(pattern) else [_leaf(name), name.replace(".", "/")]
+        return any(matcher(pattern)(path) for pattern in patterns for path in paths(pattern))
+
+
+def _leaf(name: str) -> str:
+    """A module's name as the path of a leaf in it."""
+    return f"{name.replace('.', '/')}/weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A rank and an alpha, with the rule that makes the scale of them."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @classmethod
+    def of(cls, rank: int, scale: float) -> Scale:
+        """The settings of a scale: alpha a whole number where one of the two rules has it so."""
+        plain, root = scale * rank, scale * math.sqrt(rank)
+        if not _is_whole(plain) and _is_whole(root):
+            return cls(rank, round(root), True)
+        return cls(rank, round(plain) if _is_whole(plain) else plain)
+
+
+def _is_whole(x: float) -> bool:
+    return abs(x - round(x)) < 1e-6 * max(1.0, abs(x)) and round(x) != 0

@@ -1,0 +1,59 @@
+"""The names of tensors in an adapter's file: which module, and which part of its adapter."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
+_ROLES = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    TOKENS: "tokens",
+    "base_layer.weight": "base",
+}
+ECHOES = ("echo of modules_to_save", "echo of original_module")
+_SUFFIX = re.compile(r"(.+)\.(" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")")
+_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+_ECHO = re.compile(r"(.+)\.(modules_to_save|original_module)\.([\w-]+)")
+
+
+class Key(NamedTuple):
+    """A tensor of an adapter's file.
+
+    Args:
+      name: of the module; of the parameter where the role is ``"full"`` or an echo.
+      role: ``"a"``, ``"b"``, ``"bias"``, ``"embedding_a"``, ``"embedding_b"``, ``"magnitude"``, ``"tokens"``,
+        ``"base"``, ``"full"``, or one of `ECHOES`: copies that PEFT writes besides of a bias in a module that is saved.
+    """
+
+    name: str
+    role: str
+
+
+def parse(key: str) -> Key:
+    """Reads a tensor's name.
+
+    Raises:
+      ValueError: if it is none that PEFT writes.
+
+    Example:
+      >>> parse("base_model.model.layers.0.q_proj.lora_A.weight")
+      Key(name='layers.0.q_proj', role='a')
+    """
+    name = key.removeprefix(PREFIX)
+    if name == key or len(key) > 1000 or not _NAME.fullmatch(name):
+        raise ValueError(f"the tensor {key[:200]!r} is none of PEFT's, whose names begin with {PREFIX!r}")
+    if match := _SUFFIX.fullmatch(name):
+        return Key(match[1], _ROLES[match[2]])
+    if match := _ECHO.fullmatch(name):
+        return Key(f"{match[1]}.{match[3]}", f"echo of {match[2]}")
+    if re.search(r"(^|\.)(lora|ia3|hada|lokr|oft|vera|boft)_", name):
+        raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows")
+    return Key(name.replace(".base_layer.", "."), "full")

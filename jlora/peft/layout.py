@@ -1,0 +1,241 @@
+"""Arrays as PyTorch lays them out, and as a part of a leaf: which axes are in, which out, in which order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jlora.axes import Axes
+from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Update
+from jlora.peft.names import Layout, Slot, is_embedding
+
+Words = tuple[str, ...]
+_SCALES = {"rsqrt_head": lambda outs: 1 / math.sqrt(outs[-1]), "sqrt_features": lambda outs: math.sqrt(math.prod(outs))}
+
+
+class Part(NamedTuple):
+    """A part of a leaf that is one of PyTorch's modules.
+
+    Args:
+      words: ``in``, ``out`` or ``batch`` for each of its axes.
+      sizes: of them.
+      layout: of the slot.
+    """
+
+    words: Words
+    sizes: tuple[int, ...]
+    layout: Layout = Layout()
+
+    def of(self, word: str) -> tuple[int, ...]:
+        """The sizes of the axes of one group."""
+        return tuple(n for w, n in zip(self.words, self.sizes, strict=True) if w == word)
+
+    @property
+    def is_channel_last(self) -> bool:
+        return self.words[-1] == "out"
+
+    @property
+    def factor(self) -> float:
+        """What the leaf is PyTorch's times."""
+        scale = self.layout.scale
+        return _SCALES[scale](self.of("out")) if isinstance(scale, str) else float(scale)
+
+
+def kind_of(name: str, path: str, words: Words) -> str:
+    """What a module is by its name and by the axes of its part of the leaf."""
+    if "batch" in words:
+        return EXPERTS
+    if words.count("in") == 3 and words.count("out") == 1:
+        return CONV
+    is_table = words == ("in", "out") and (path.rpartition("/")[2] == "embedding" or is_embedding(name))
+    return EMBEDDING if is_table else LINEAR
+
+
+def words_of(slot: Slot, axes: Axes) -> Words:
+    """The words of a part of a leaf whose axes are known."""
+    group = {axis: word for word in ("in", "out", "batch") for axis in getattr(axes, f"{word}_axis")}
+    return tuple(group[axis] for axis, at in enumerate(slot.index) if at is None)
+
+
+class Sizes(NamedTuple):
+    """What a module maps to what: the sizes that its part of a leaf must have."""
+
+    kind: str
+    ins: int
+    outs: int
+    stacked: tuple[int, ...] = ()
+
+    @classmethod
+    def of_update(cls, update: Update, slot: Slot) -> Sizes:
+        stacked = (len(update.a),) if update.kind == EXPERTS else ()
+        ins = math.prod(update.a.shape[len(stacked) + 1 :])
+        return cls(update.kind, ins, update.b.shape[-2] // (slot.part or (0, 1))[1], stacked)
+
+    @classmethod
+    def of_weight(cls, name: str, shape: tuple[int, ...]) -> Sizes:
+        """Those of a whole weight as PyTorch keeps it."""
+        if len(shape) == 2 and is_embedding(name):
+            return cls(EMBEDDING, *shape)
+        return cls(CONV if len(shape) == 4 else LINEAR, math.prod(shape[1:]), shape[0])
+
+
+def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool = False) -> list[Words]:
+    """The words that a part of a leaf may have, by its sizes; the likeliest alone where there is one.
+
+    Args:
+      slot: the part.
+      shape: of the leaf.
+      sizes: of the module.
+      is_turned: of a square PyTorch weight, whether it is (in, out), as GPT-2's.
+    """
+    left = [n for n, at in zip(shape, slot.index, strict=True) if at is None]
+    if slot.layout.dims is not None:
+        words = tuple(slot.layout.dims.split())
+        return [words] if len(words) == len(left) and is_fitting(words, left, sizes) else []
+    every: Iterable[Words] = itertools.product(("in", "out", "batch"), repeat=len(left))
+    possible: list[Words] = [words for words in every if is_fitting(words, left, sizes)]
+    return _likeliest(possible, slot.path.rpartition("/")[2].rpartition(".")[2], sizes.kind, is_turned)
+
+
+def is_fitting(words: Words, left: Sequence[int], sizes: Sizes) -> bool:
+    """Whether axes of these sizes, with these words, are those of a module."""
+    stacked = tuple(n for w, n in zip(words, left, strict=True) if w == "batch")
+    are_there = {"in", "out"} <= {*words}
+    products = _product(words, left, "in"), _product(words, left, "out")
+    return are_there and stacked == sizes.stacked and products == (sizes.ins, sizes.outs)
+
+
+def _product(words: Words, sizes: Sequence[int], word: str) -> int:
+    return math.prod(n for w, n in zip(words, sizes, strict=True) if w == word)
+
+
+def _likeliest(possible: list[Words], leaf: str, kind: str, is_turned: bool) -> list[Words]:
+    """Of several the one that has its in axes first, as Flax's kernels, or last, as PyTorch's weights."""
+    if kind == CONV:
+        possible = [words for words in possible if words.count("in") == 3 and "out" in (words[0], words[-1])]
+    if len(possible) <= 1:
+        return possible
+    in_first = leaf != "weight" or kind == EMBEDDING or is_turned
+    order = ("batch", "in", "out") if in_first else ("batch", "out", "in")
+    sorted_ones = [words for words in possible if list(words) == sorted(words, key=order.index)]
+    return sorted_ones if len(sorted_ones) == 1 and leaf in ("weight", "kernel", "embedding") else possible
+
+
+def lora_a(update: Update, part: Part) -> np.ndarray:
+    """A as (batch..., in..., r), in float32."""
+    a = update.a.astype(np.float32)
+    if update.kind == CONV:
+        return a.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
+    return a.swapaxes(-1, -2).reshape(*part.of("batch"), *part.of("in"), update.rank)
+
+
+def lora_b(update: Update, slot: Slot, part: Part) -> np.ndarray:
+    """B as (batch..., r, out...), in float32."""
+    b = _rows(update.b.astype(np.float32), slot, axis=-2)
+    return outputs(b.swapaxes(-1, -2).reshape(*part.of("batch"), update.rank, *part.of("out")), part)
+
+
+def vector(x: np.ndarray, slot: Slot, part: Part) -> np.ndarray:
+    """A vector over PyTorch's outputs as (out...), in float32: DoRA's magnitude, a bias of B."""
+    return outputs(_rows(x.astype(np.float32), slot, axis=0).reshape(part.of("out")), part)
+
+
+def _rows(x: np.ndarray, slot: Slot, axis: int) -> np.ndarray:
+    return x if slot.part is None else np.split(x, slot.part[1], axis)[slot.part[0]]
+
+
+def part_of(weight: np.ndarray, slot: Slot) -> np.ndarray:
+    """The rows of PyTorch's parameter that are the slot's: of stacked experts, those of each."""
+    if slot.part is not None and weight.shape[out_axis(weight.ndim)] % slot.part[1]:
+        raise ValueError(f"peft: {weight.shape} can't be divided into {slot.part[1]} parts, for {slot.path}")
+    return _rows(weight, slot, out_axis(weight.ndim))
+
+
+def out_axis(ndim: int) -> int:
+    """The axis of the outputs in PyTorch's parameter."""
+    return 1 if ndim == 3 else 0
+
+
+def outputs(x: np.ndarray, part: Part) -> np.ndarray:
+    """An array whose last axes are PyTorch's outputs, as the leaf has them."""
+    return _interleaved(x, part.layout.rope) * np.float32(part.factor)
+
+
+def _interleaved(x: np.ndarray, rope: bool | int) -> np.ndarray:
+    if not rope:
+        return x
+    halves = x.reshape(*x.shape[:-1], -1, 2, _head(x, rope) // 2)
+    return halves.swapaxes(-1, -2).reshape(x.shape)
+
+
+def torch_outputs(x: np.ndarray, part: Part) -> np.ndarray:
+    """The inverse of `outputs`."""
+    rope = part.layout.rope
+    if rope:
+        x = x.reshape(*x.shape[:-1], -1, _head(x, rope) // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+    return x / np.float32(part.factor)
+
+
+def _head(x: np.ndarray, rope: bool | int) -> int:
+    return x.shape[-1] if rope is True else rope
+
+
+def torch_a(a: np.ndarray, kind: str, part: Part) -> np.ndarray:
+    """The inverse of `lora_a`, for (batch..., in..., r)."""
+    if kind == CONV:
+        return a.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
+    return a.reshape(*part.of("batch"), -1, a.shape[-1]).swapaxes(-1, -2)
+
+
+def torch_b(b: np.ndarray, part: Part) -> np.ndarray:
+    """The inverse of `lora_b` for a whole module, for (batch..., r, out...)."""
+    batch = part.of("batch")
+    return torch_outputs(b, part).reshape(*batch, b.shape[len(batch)], -1).swapaxes(-1, -2)
+
+
+def leaf_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
+    """A weight as PyTorch keeps it, as the part of the leaf."""
+    if len(part.words) == 1:
+        return outputs(x.astype(np.float32), part) if part.words == ("out",) else x
+    ins, outs, batch = part.of("in"), part.of("out"), part.of("batch")
+    x = _matrix(x.astype(np.float32), kind, part).reshape(*batch, *ins, *outs)
+    return outputs(x, part).transpose(_order(part))
+
+
+def _matrix(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
+    """PyTorch's weight as (batch..., in, out)."""
+    if kind == CONV:
+        return x.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
+    sizes = (math.prod(part.of("in")), math.prod(part.of("out")))
+    is_turned = kind != EMBEDDING and (x.shape[-2:] != sizes or sizes[0] == sizes[1])
+    return x.swapaxes(-1, -2) if is_turned else x
+
+
+def _order(part: Part) -> list[int]:
+    """For each axis of the leaf's part, its place in (batch..., in..., out...)."""
+    ranked = sorted(range(len(part.words)), key=lambda axis: ("batch", "in", "out").index(part.words[axis]))
+    return [ranked.index(axis) for axis in range(len(ranked))]
+
+
+def torch_weight(x: np.ndarray, kind: str, part: Part, is_turned: bool = False) -> np.ndarray:
+    """The inverse of `leaf_weight`.
+
+    Args:
+      x: the part of the leaf.
+      kind: of the module.
+      part: its axes.
+      is_turned: whether PyTorch's weight is (in, out), as GPT-2's.
+    """
+    if len(part.words) == 1:
+        return torch_outputs(x.astype(np.float32), part) if part.words == ("out",) else x
+    ranked = sorted(range(len(part.words)), key=lambda axis: ("batch", "in", "out").index(part.words[axis]))
+    x = torch_outputs(x.astype(np.float32).transpose(ranked), part)
+    if kind == CONV:
+        return x.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
+    batch, ins, outs = part.of("batch"), part.of("in"), part.of("out")
+    x = x.reshape(*batch, math.prod(ins), math.prod(outs))
+    return x if kind == EMBEDDING or is_turned else x.swapaxes(-1, -2)

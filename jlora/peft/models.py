@@ -1,0 +1,213 @@
+"""Whole models as Hugging Face's safetensors: written part by part, adapters merged; read as a tree."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.nodes import is_node
+from jlora.paths import flatten
+from jlora.peft import layout
+from jlora.peft.build import Piece, of_leaf
+from jlora.peft.maps import resolved
+from jlora.peft.names import Entry, leaf_shapes, slots_of
+from jlora.peft.parts import merged_part, parameter_of, shape_of
+from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def to_safetensors(
+    tree: Any,
+    directory: str | Path,
+    *,
+    names: str | Sequence[Entry] | None = None,
+    dtype: Any = None,
+    shard_bytes: int = 5 * 1024**3,
+) -> None:
+    """Writes a model as ``model.safetensors``, or as shards with an index, its adapters merged on the way.
+
+    One tensor at a time is taken from the device, merged and written, so that a model may be larger than the memory.
+
+    Args:
+      tree: parameters, plain or wrapped.
+      directory: for the files; each appears whole or not at all, the index last.
+      names: from PyTorch's names to the tree's, as of `jlora.peft.load`.
+      dtype: of the weights; None keeps each leaf's.
+      shard_bytes: the largest size of a file, unless one tensor is larger.
+
+    Raises:
+      ValueError: if a leaf has no name of PyTorch's, or its axes are not known.
+    """
+    paths, leaves, _ = flatten(tree, is_node)
+    by_path = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")}
+    batch = {path: leaf.axes.batch_axis for path, leaf in by_path.items() if is_node(leaf) and hasattr(leaf, "axes")}
+    stacked = {path: axes[0] for path, axes in batch.items() if axes}
+    slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
+    named = {slot.path for places in slots.values() for slot in places}
+    if missing := sorted({*by_path} - named):
+        raise ValueError(f"peft.to_safetensors: names has no name for {missing[0]} ({len(missing)} leaves in all)")
+    kind = None if dtype is None else np.dtype(dtype)
+    infos: dict[str, TensorInfo] = {}
+    places = {}
+    for name, found in slots.items():
+        parameter = parameter_of(name, found[0])
+        ordered = sorted(found, key=lambda slot: slot.part or (0, 1))
+        shapes = [shape_of(name, slot, by_path[slot.path]) for slot in ordered]
+        axis = layout.out_axis(len(shapes[0]))
+        shape = list(shapes[0])
+        shape[axis] = sum(each[axis] for each in shapes)
+        infos[parameter] = TensorInfo(tuple(shape), kind or np.dtype(by_path[ordered[0].path].dtype))
+        places[parameter] = (name, ordered, axis)
+
+    def get(parameter: str) -> np.ndarray:
+        name, found, axis = places[parameter]
+        arrays = [merged_part(name, slot, by_path[slot.path]) for slot in found]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+        return array.astype(infos[parameter].dtype)
+
+    write_model(Path(directory), infos, get, shard_bytes)
+
+
+def write_model(
+    directory: Path, infos: Mapping[str, TensorInfo], get: Callable[[str], np.ndarray], shard_bytes: int
+) -> None:
+    """Writes tensors as one file, or as several with an index."""
+    shards = list(_shards(infos, shard_bytes))
+    if len(shards) == 1:
+        write_tensors(directory / SINGLE, infos, get, {"format": "pt"})
+        return
+    named = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(named, shards, strict=True):
+        write_tensors(directory / file, {name: infos[name] for name in shard}, get, {"format": "pt"})
+    total = sum(info.nbytes for info in infos.values())
+    files = {name: file for file, shard in zip(named, shards, strict=True) for name in shard}
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:
+    shard: list[str] = []
+    size = 0
+    for name, info in infos.items():
+        if shard and size + info.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += info.nbytes
+    yield shard
+
+
+def files_of(directory: str | Path) -> dict[str, TensorFile]:
+    """The safetensors files of a model, by their names: those of its index, or the only one.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if the index names what is not there.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        return {directory.name: TensorFile(directory)}
+    if not (directory / INDEX).is_file():
+        if not (directory / SINGLE).is_file():
+            raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}")
+        return {SINGLE: TensorFile(directory / SINGLE)}
+    weights = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(x, str) and _SHARD.fullmatch(x) for x in weights.values()):
+        raise ValueError(f"{directory / INDEX} must map names of tensors to names of files beside it")
+    files = {name: TensorFile(directory / name) for name in sorted({*weights.values()})}
+    if lost := [name for name, file in weights.items() if name not in files[file].infos]:
+        raise ValueError(f"{directory / INDEX} has {lost[0]} in {weights[lost[0]]}, which does not have it")
+    return files
+
+
+def from_safetensors(
+    directory: str | Path,
+    *,
+    like: Any = None,
+    names: str | Sequence[Entry] | None = None,
+    dtype: Any = None,
+) -> Any:
+    """Reads a model: as a tree nested by the dots of PyTorch's names, or as another tree.
+
+    Args:
+      directory: with ``model.safetensors``, or an index and its shards; or one such file.
+      like: a tree of the shapes, types and shardings to be had, such as ``jax.eval_shape`` gives of ``model.init``;
+        None gives PyTorch's own. One leaf at a time is put together and placed.
+      names: from PyTorch's names to those of `like`, as of `jlora.peft.load`.
+      dtype: of floating leaves; None keeps that of the file, or of `like`.
+
+    Returns:
+      The tree. Tensors of the file that `like` does not have are left out.
+
+    Raises:
+      FileNotFoundError: if there are no such files.
+      ValueError: if a tensor is missing or does not fit.
+    """
+    files = files_of(directory)
+    where = {name: file for file in files.values() for name in file}
+    if like is None:
+        return nested({name: _cast(file[name], dtype) for name, file in where.items()})
+    paths, leaves, treedef = flatten(like)
+    slots = slots_of(leaf_shapes(paths, leaves), resolved(names))
+    places = collections.defaultdict(list)
+    for name, found in slots.items():
+        for slot in found:
+            places[slot.path].append((name, slot))
+
+    def read(path: str, leaf: Any) -> Any:
+        if not hasattr(leaf, "shape"):
+            return leaf
+        if path not in places:
+            raise ValueError(f"peft.from_safetensors: names has no name for {path}")
+        whole = np.empty(leaf.shape, np.dtype(dtype or leaf.dtype))
+        seen = 0
+        for name, slot in places[path]:
+            parameter = parameter_of(name, slot)
+            if parameter not in where:
+                raise ValueError(f"peft.from_safetensors: {directory} has no {parameter}, which is {path}")
+            array = layout.part_of(where[parameter][parameter], slot)
+            part = of_leaf(Piece(name, slot, None), array, leaf)
+            place = tuple(slice(None) if at is None else at for at in slot.index)
+            whole[place] = part.astype(whole.dtype)
+            seen += math.prod(part.shape)
+        if seen != whole.size:
+            raise ValueError(f"peft.from_safetensors: names tells {seen} of the {whole.size} elements of {path} only")
+        place = getattr(leaf, "sharding", None)
+        return jnp.asarray(whole) if place is None else jax.device_put(whole, place)
+
+    return treedef.unflatten([read(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _cast(array: np.ndarray, dtype: Any) -> jax.Array:
+    is_float = array.dtype.kind not in "iub"
+    return jnp.asarray(array if dtype is None or not is_float else array.astype(np.dtype(dtype)))
+
+
+def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree nested by the dots of the names.
+
+    Raises:
+      ValueError: if one name is the beginning of another.
+    """
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *modules, leaf = name.split(".")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"peft.from_safetensors: {name} lies within another tensor's name")
+        if leaf in node:
+            raise ValueError(f"peft.from_safetensors: {name} is another tensor's module")
+        node[leaf] = array
+    return tree

@@ -1,0 +1,260 @@
+"""Which leaf of a tree, or which part of it, is which module of a PyTorch model.
+
+A map is an ordered list of pairs (PyTorch's name, path), with one name for each text that differs:
+
+    ("model.layers.{i}.self_attn.{p}_proj", "layers/attn/{p}/kernel[{i}]")
+
+``[{i}]`` is the place on the axis on which layers are stacked, the first where nothing else is known of the leaf;
+``[:, {i}]`` is one on the second axis, and a number is a fixed place.
+``(layers_|blocks/)`` in a path is any of these. A name of a module means its weight, and its bias is the leaf ``bias``
+beside; a name that ends with ``.bias``, or one of stacked experts, means that parameter. ``[0/2]`` behind a name is the
+first half of its outputs. A third entry is a `Layout`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_VARIABLE = re.compile(r"(\{\w+\}|\([\w|/]*\))")
+_PART = re.compile(r"(.*)\[(\d+)/(\d+)\]")
+_INDEX = re.compile(r"(.*?)\[([^\]]*)\]")
+FLAX = ("kernel", "embedding", "scale")
+WEIGHTS = ("weight", *FLAX)
+EMBEDDINGS = re.compile(r"(?:.*\.)?(?:\w*embed\w*|\w*embeddings?|wte|wpe|shared)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a leaf, or the part of it that an index names, lies where its sizes and the node's axes do not tell.
+
+    Args:
+      dims: a word for each axis: ``in``, ``out`` or ``batch``, as in ``"out in out"`` of a query kernel
+        (heads, features, head_dim).
+      rope: the kernel's outputs have the halves of each head interleaved, which PyTorch has one after the other: True
+        where the last out axis is the head, or the size of a head.
+      scale: what the kernel is PyTorch's times: a number, ``"rsqrt_head"`` (1 / sqrt(size of the last out axis)) or
+        ``"sqrt_features"`` (sqrt(size of all out axes)).
+      is_parameter: PyTorch's name is the parameter's own, not that of a weight's module; so it is of stacked experts.
+    """
+
+    dims: str | None = None
+    rope: bool | int = False
+    scale: float | str = 1.0
+    is_parameter: bool = False
+
+
+Entry = tuple[str, str] | tuple[str, str, Layout]
+
+
+class Slot(NamedTuple):
+    """A place in a tree.
+
+    Args:
+      path: of the leaf.
+      index: for each of its axes a place on it, or None for the whole axis.
+      layout: of what is left.
+      part: which of how many equal parts of PyTorch's outputs it is; None: the whole.
+      is_native: whether the leaf lies as PyTorch's parameter does.
+    """
+
+    path: str
+    index: tuple[int | None, ...]
+    layout: Layout = Layout()
+    part: tuple[int, int] | None = None
+    is_native: bool = False
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+Slots = Mapping[str, Sequence[Slot]]
+
+
+def slots_of(
+    shapes: Shapes, names: Iterable[Entry] | None, stacked: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, list[Slot]]:
+    """The places of each of PyTorch's modules and parameters in a tree.
+
+    Args:
+      shapes: of the leaves, by path.
+      names: the map; None where the tree has PyTorch's names.
+      stacked: the axis on which layers are stacked, of the leaves of which it is known.
+
+    Returns:
+      By the name of the module, of the parameter where it is no weight.
+
+    Raises:
+      ValueError: if a pattern is no such pair, or none of them is of this tree.
+    """
+    if names is None:
+        return _same(shapes)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ValueError(f"names: expected a list of pairs, or one of jlora.peft.NAMES, found {names!r}")
+    names = list(names)
+    found: dict[str, list[Slot]] = collections.defaultdict(list)
+    taken: set[tuple[str, tuple[int | None, ...]]] = set()
+    for rule in (rule for entry in names for rule in _rules(entry)):
+        for name, slot in rule(shapes, stacked):
+            if (slot.path, slot.index) not in taken:
+                taken.add((slot.path, slot.index))
+                _check_single(name, slot, found[name])
+                found[name].append(slot)
+    if not found:
+        raise ValueError(
+            f"names: no path of the map is one of the tree's, which are such as {sorted(shapes)[:3]}; the map's are "
+            f"such as {[entry[1] for entry in names][:3]}"
+        )
+    return dict(found)
+
+
+def _check_single(name: str, slot: Slot, others: Sequence[Slot]) -> None:
+    for other in others:
+        if slot.part is None or other.part is None or slot.part == other.part:
+            raise ValueError(f"names: {name} would be both {other.path} and {slot.path}; the map must tell which")
+
+
+def _same(shapes: Shapes) -> dict[str, list[Slot]]:
+    native = lambda path: re.split("[/.]", path)[-1] not in FLAX
+    whole = lambda path, shape: Slot(path, (None,) * len(shape), is_native=native(path))
+    return {_named(path): [whole(path, shape)] for path, shape in shapes.items()}
+
+
+def _named(path: str) -> str:
+    """The name of a leaf that has PyTorch's: the module's for its weight."""
+    name = path.removeprefix("params/").replace("/", ".")
+    module, _, leaf = name.rpartition(".")
+    return module if leaf in WEIGHTS and module else name
+
+
+Rule = Callable[[Shapes, Mapping[str, int]], Iterator[tuple[str, Slot]]]
+
+
+def _rules(entry: Entry) -> list[Rule]:
+    """The rules of an entry: for the leaf that it names, and for the bias beside."""
+    if (
+        not isinstance(entry, (tuple, list))
+        or len(entry) not in (2, 3)
+        or not all(isinstance(x, str) for x in entry[:2])
+    ):
+        raise ValueError(f"names: an entry is (PyTorch's name, path) or (name, path, Layout), found {entry!r}")
+    torch, template = entry[0], entry[1]
+    layout = entry[2] if len(entry) == 3 else Layout()
+    if not isinstance(layout, Layout):
+        raise ValueError(f"names: the third of {entry!r} must be a jlora.peft.Layout")
+    match = _PART.fullmatch(torch)
+    torch, part = (match[1], (int(match[2]), int(match[3]))) if match else (torch, None)
+    if part and not 0 <= part[0] < part[1]:
+        raise ValueError(f"names: {entry[0]!r} is part {part[0]} of {part[1]}; parts count from 0")
+    path, index = _split(template)
+    unknown = {*_FIELD.findall(torch)} ^ {*_FIELD.findall(path), *_FIELD.findall(",".join(index))}
+    if unknown:
+        raise ValueError(f"names: {entry!r} has {{{min(unknown)}}} on one side only")
+    rules = [_rule(torch.removesuffix(".weight"), path, index, layout, part)]
+    if torch.rpartition(".")[2] not in ("bias", "weight") and path.rpartition("/")[2] in (*WEIGHTS, "w"):
+        beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
+        rules.append(_rule(f"{torch}.bias", beside, index, dataclasses.replace(layout, dims=None), part))
+    return rules
+
+
+def _split(template: str) -> tuple[str, list[str]]:
+    match = _INDEX.fullmatch(template)
+    path, index = (match[1], [item.strip() for item in match[2].split(",")]) if match else (template, [])
+    wrong = [item for item in index if not (item == ":" or item.isdigit() or _FIELD.fullmatch(item))]
+    if wrong or "[" in path:
+        raise ValueError(f"names: in {template!r} an index is :, a number or a name in braces, as in kernel[:, {{i}}]")
+    return path, index
+
+
+def _rule(torch: str, path: str, index: Sequence[str], layout: Layout, part: tuple[int, int] | None) -> Rule:
+    pattern = _pattern(path)
+
+    def found(shapes: Shapes, stacked: Mapping[str, int]) -> Iterator[tuple[str, Slot]]:
+        for leaf, shape in shapes.items():
+            match = pattern.fullmatch(leaf)
+            at = [":"] * stacked.get(leaf, 0) + [*index] if len(index) == 1 else index
+            if not match or len(at) > len(shape):
+                continue
+            given = match.groupdict()
+            for own, fixed in _places(at, shape, given):
+                name = _FIELD.sub(lambda m, all=given | own: all[m[1]], torch)
+                yield name, Slot(leaf, (*fixed, *[None] * (len(shape) - len(fixed))), layout, part)
+
+    return found
+
+
+def _places(
+    index: Sequence[str], shape: Sequence[int], given: Mapping[str, str]
+) -> Iterator[tuple[dict[str, str], tuple[int | None, ...]]]:
+    """The places that an index may mean: what each of its names is there, and the place on each axis."""
+    choices = [_choices(item, n, given) for item, n in zip(index, shape, strict=False)]
+    for fixed in itertools.product(*choices):
+        yield {item[1:-1]: str(at) for item, at in zip(index, fixed, strict=True) if item[0] == "{"}, fixed
+
+
+def _choices(item: str, size: int, given: Mapping[str, str]) -> Sequence[int | None]:
+    if item == ":":
+        return [None]
+    if item[0] != "{":
+        return [int(item)] if int(item) < size else []
+    return [at for at in range(size) if given.get(item[1:-1], str(at)) == str(at)]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A path's template as a regular expression; the tree may have all in a collection of parameters."""
+    seen: set[str] = set()
+
+    def compiled(text: str) -> str:
+        if text.startswith("("):
+            return f"(?:{'|'.join(map(re.escape, text[1:-1].split('|')))})"
+        name = text[1:-1]
+        again = name in seen
+        seen.add(name)
+        return f"(?P={name})" if again else rf"(?P<{name}>[^/]+?)"
+
+    pieces = _VARIABLE.split(template)
+    body = "".join(compiled(x) if _VARIABLE.fullmatch(x) else re.escape(x) for x in pieces)
+    return re.compile(rf"(?:params/)*{body}")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a module is a table of embeddings, by its name."""
+    return EMBEDDINGS.fullmatch(name.rpartition(".")[2]) is not None and not name.endswith("proj")
+
+
+class Shift(NamedTuple):
+    """From an adapter's names to a tree's: another beginning, or none."""
+
+    theirs: str = ""
+    ours: str = ""
+
+    def __call__(self, name: str) -> str:
+        return self.ours + name.removeprefix(self.theirs)
+
+    def back(self, name: str) -> str:
+        return self.theirs + name.removeprefix(self.ours)
+
+
+def shift(wanted: Iterable[str], known: Iterable[str]) -> Shift:
+    """What leads from an adapter's names to a tree's, if a beginning of one or two names does.
+
+    An adapter of a model with a head names ``bert.encoder...`` what a tree of its encoder alone names ``encoder...``.
+    """
+    wanted, known = {*wanted}, {*known}
+    ours = dict.fromkeys(head for name in known for head in _heads(name))
+    theirs = dict.fromkeys(head for name in wanted for head in _heads(name))
+    moves = [Shift(), *(Shift(theirs=head) for head in theirs), *(Shift(ours=head) for head in ours)]
+    return next((move for move in moves if {move(name) for name in wanted} <= known), Shift())
+
+
+def _heads(name: str) -> Iterator[str]:
+    return itertools.accumulate(f"{part}." for part in name.split(".")[:2])
+
+
+def leaf_shapes(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves that have one."""
+    return {path: tuple(leaf.shape) for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")}

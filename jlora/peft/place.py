@@ -1,0 +1,150 @@
+"""An adapter put onto a tree of parameters."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.interpret.sites import Site
+from jlora.nodes import AdaptedParam, is_node
+from jlora.paths import flatten, nearest
+from jlora.peft import build
+from jlora.peft.adapter import Adapter
+from jlora.peft.build import Piece, Tree
+from jlora.peft.config import Config
+from jlora.peft.maps import resolved
+from jlora.peft.names import Entry, Shift, Slot, leaf_shapes, shift, slots_of
+from jlora.peft.read import HEAD
+from jlora.select import sites_of
+
+TABLES = ("embed_tokens", "wte")
+Slots = Mapping[str, Sequence[Slot]]
+
+
+def place(
+    adapter: Adapter, params: Any, names: str | Sequence[Entry] | None = None, sites: Mapping[str, Site] | None = None
+) -> Any:
+    """Wraps a tree with the adapter's factors; arguments and errors as of `jlora.peft.load`."""
+    paths, leaves, treedef = flatten(params, is_node)
+    for path, leaf in zip(paths, leaves, strict=True):
+        if is_node(leaf):
+            raise TypeError(
+                f"peft.load: {path} is wrapped already ({type(leaf).__name__}); jlora.unwrap the tree first"
+            )
+    by_path = dict(zip(paths, leaves, strict=True))
+    axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
+    stacked = {path: known.batch_axis[0] for path, known in axes.items() if known.batch_axis}
+    slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
+    moved = shift([name for name in _named(adapter) if name != HEAD], slots)
+    adapter = _untied(_moved(adapter, moved), slots)
+    _check_names(adapter, slots)
+    _check_complete(adapter, slots, moved)
+    tree = Tree(by_path, axes, adapter)
+    nodes = _nodes(tree, slots)
+    build.check_bases(tree, _pieces(_by_module(adapter.bases), slots, known_only=True))
+    return treedef.unflatten([nodes.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _named(adapter: Adapter) -> list[str]:
+    return [*adapter.updates, *map(_module, adapter.full), *adapter.tokens]
+
+
+def _module(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _by_module(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {_module(name): array for name, array in arrays.items()}
+
+
+def _moved(adapter: Adapter, moved: Shift) -> Adapter:
+    """The adapter under the tree's names."""
+    name_of = lambda name: name if _module(name) == HEAD else moved(name)
+    move = lambda values: {name_of(name): value for name, value in values.items()}
+    fields = ("updates", "full", "tokens", "bases")
+    return dataclasses.replace(adapter, **{field: move(getattr(adapter, field)) for field in fields})
+
+
+def _untied(adapter: Adapter, slots: Slots) -> Adapter:
+    """Without the head of a model whose table is its head, where the adapter has the same for both."""
+    if HEAD in slots or HEAD not in _named(adapter):
+        return adapter
+    table = next((name for name in slots if name.rpartition(".")[2] in TABLES), "")
+    head, own = adapter.updates.get(HEAD), adapter.updates.get(table)
+    is_same = head and own and np.array_equal(head.a, own.b.T) and np.array_equal(head.b, own.a.T)
+    whole = [adapter.full.get(f"{name}.weight") for name in (HEAD, table)]
+    is_saved_twice = whole[0] is not None and whole[1] is not None and np.array_equal(whole[0], whole[1])
+    if not is_same and not is_saved_twice:
+        raise ValueError(
+            f"peft.load: the adapter changes {HEAD}, of which the tree has none: its table {table} is the head too, "
+            f"and the adapter has another update for that. Give the tree a head of its own, {HEAD}/weight: a copy of it"
+        )
+    rest = lambda values: {name: value for name, value in values.items() if _module(name) != HEAD}
+    fields = ("updates", "full", "bases")
+    return dataclasses.replace(adapter, **{field: rest(getattr(adapter, field)) for field in fields})
+
+
+def _check_names(adapter: Adapter, slots: Slots) -> None:
+    if missing := [name for name in _named(adapter) if name not in slots]:
+        near = nearest(missing[0].replace(".", "/"), [name.replace(".", "/") + "/weight" for name in slots])
+        shown = ", ".join(name.removesuffix("/weight").replace("/", ".") for name in near)
+        others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"peft.load: the adapter has {missing[0]}{others}, which the tree does not have. Nearest: {shown}. A tree "
+            "with other names than PyTorch's is read with names=..., a list of pairs such as (\"model.layers.{i}."
+            'self_attn.q_proj", "layers_{i}/attn/query/kernel"), or one of jlora.peft.NAMES'
+        )
+
+
+def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
+    """Refuses an adapter that lacks the factors of a module that its settings name."""
+    config = Config(adapter.config)
+    if config.has_open_targets:
+        return
+    done = {*_named(adapter)}
+    for name, places in slots.items():
+        is_kernel = len([at for at in places[0].index if at is None]) >= 2 and not name.endswith(".bias")
+        theirs = moved.back(name)
+        is_whole = config.is_saved(f"{theirs}.weight") or config.tokens(theirs)
+        if is_kernel and name not in done and not is_whole and config.is_target(theirs):
+            raise ValueError(
+                f"peft.load: the adapter's settings name {theirs}, but its file has no factors of it: it is not whole"
+            )
+
+
+def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:
+    adapter = tree.adapter
+    biases = {f"{name}.bias": update for name, update in adapter.updates.items() if update.bias is not None}
+    if missing := [name for name in biases if name not in slots]:
+        raise ValueError(
+            f"peft.load: the adapter's update has a bias {missing[0]}, but the tree has none there to add it to; add "
+            "one of zeros"
+        )
+    kinds: tuple[tuple[Callable[..., AdaptedParam], Mapping[str, Any]], ...] = (
+        (build.adapted, adapter.updates),
+        (build.with_bias, biases),
+        (build.trained_in_full, _by_module(adapter.full)),
+        (build.with_rows, adapter.tokens),
+    )
+    nodes: dict[str, AdaptedParam] = {}
+    for make, values in kinds:
+        for path, pieces in _pieces(values, slots).items():
+            if path in nodes:
+                raise ValueError(
+                    f"peft.load: the adapter has two things for {path}: a {type(nodes[path]).__name__}, and more"
+                )
+            nodes[path] = make(path, pieces, tree)
+    return nodes
+
+
+def _pieces(values: Mapping[str, Any], slots: Slots, known_only: bool = False) -> dict[str, list[Piece]]:
+    """What the adapter has for each leaf, by the parts of it."""
+    found: dict[str, list[Piece]] = collections.defaultdict(list)
+    for name, value in values.items():
+        for slot in slots.get(name, ()) if known_only else slots[name]:
+            found[slot.path].append(Piece(name, slot, value))
+    return found

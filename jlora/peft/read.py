@@ -1,0 +1,223 @@
+"""Reads an adapter's directory. Nothing in it is trusted: each name, shape and number is checked before it is used."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Update
+from jlora.peft.config import Config
+from jlora.peft.keys import ECHOES, parse
+from jlora.peft.tensors import TensorFile, are_finite, read_json
+
+HEAD = "lm_head"
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+Roles = dict[str, str]
+
+
+def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
+    """Reads the adapter that PEFT, or `jlora.peft.save`, wrote into a directory.
+
+    Args:
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      allow_nonfinite: take NaN and infinite values as they are.
+
+    Raises:
+      FileNotFoundError: if one of the files is missing.
+      ValueError: if a file is not what PEFT writes; the message says which part, what was expected and found.
+    """
+    directory = Path(directory)
+    check_there(directory)
+    try:
+        config = Config(read_json(directory / CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: {str(error).removeprefix('LoraSpec.from_peft: ')}") from None
+    file = TensorFile(directory / WEIGHTS)
+    adapter = _adapter(file, config)
+    if not allow_nonfinite:
+        _check_finite(file.path, adapter)
+    return adapter
+
+
+def check_there(directory: Path) -> None:
+    """Refuses a directory without an adapter's files."""
+    if not (directory / WEIGHTS).is_file() and (directory / PICKLE).is_file():
+        raise FileNotFoundError(
+            f"{directory} has its weights as {PICKLE}, a pickle, which may run any code when it is read; load it in "
+            "PEFT where you trust it, and save it again as safetensors"
+        )
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
+        raise FileNotFoundError(f"{directory} is no adapter of PEFT's: it has no {' and no '.join(missing)}")
+
+
+def _adapter(file: TensorFile, config: Config) -> Adapter:
+    roles: dict[str, Roles] = collections.defaultdict(dict)
+    for key in file:
+        try:
+            name, role = parse(key)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
+        if role in roles[name]:
+            raise ValueError(f"{file.path}: {name} has two tensors for one thing, {roles[name][role]!r} and {key!r}")
+        roles[name][role] = key
+    parameters = _experts(file, roles, config)
+    of_role = lambda role: {name: file[keys[role]] for name, keys in roles.items() if role in keys}
+    full = of_role("full")
+    tokens = {name: _rows(file, name, rows, config) for name, rows in of_role("tokens").items()}
+    _check_full(file, full, config)
+    _check_echoes(file, {name for role in ECHOES for name in of_role(role)}, full, config)
+    names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
+    updates = {parameters.get(name, name): _update(file, name, roles[name], parameters, config) for name in names}
+    _check_left(file, {*names}, roles)
+    if not updates and not full and not tokens:
+        raise ValueError(f"{file.path} has no tensors of an adapter")
+    return Adapter(
+        updates,
+        full,
+        tokens,
+        {f"{name}.weight": array for name, array in of_role("base").items()},
+        dropout=float(config.spec.dropout),
+        conv1d=config.conv1d,
+        start=config.start,
+        config=config.data,
+    )
+
+
+def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str], config: Config) -> Update:
+    a, b, kind = _pair(file, name, keys, parameters)
+    named = parameters.get(name, name)
+    is_tied_head = named == HEAD and config.data.get("ensure_weight_tying")
+    if not config.is_target(named) and not is_tied_head:
+        raise ValueError(
+            f"{file.path} has factors for {named}, which its settings do not name (target_modules="
+            f"{_short(config.data.get('target_modules'))}, target_parameters={_short(config.parameters)})"
+        )
+    rank = config.rank(named)
+    stacked = len(a) if kind == EXPERTS else rank
+    if stacked % rank or len(a) != stacked or b.shape[1] != stacked:
+        raise ValueError(
+            f"{file.path}: by its settings {named} has rank {rank}, but its factors are {a.shape} and {b.shape}, of "
+            f"ranks {a.shape[0]} and {b.shape[1]}"
+        )
+    if kind == EXPERTS:
+        count = stacked // rank
+        a, b = a.reshape(count, rank, -1), np.moveaxis(b.reshape(-1, rank, count), -1, 0)
+    given = {role: file[keys[role]] for role in ("magnitude", "bias") if role in keys}
+    _check_parts(file, named, given, config, b.shape[-2])
+    flat = {role: array.reshape(-1) for role, array in given.items()}
+    return Update(kind, a, b, config.scale(named), flat.get("magnitude"), flat.get("bias"))
+
+
+def _pair(
+    file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    is_table = "embedding_a" in keys or "embedding_b" in keys
+    roles = ("embedding_a", "embedding_b") if is_table else ("a", "b")
+    if missing := [role for role in roles if role not in keys]:
+        raise ValueError(f"{file.path}: {name} has {sorted(keys.values())}, but not the other factor, {missing[0]}")
+    a, b = (file[keys[role]] for role in roles)
+    kind = EMBEDDING if is_table else EXPERTS if name in parameters else CONV if a.ndim == 4 else LINEAR
+    is_conv = kind == CONV and b.ndim == 4 and b.shape[2:] == (1, 1)
+    if is_conv:
+        b = b[:, :, 0, 0]
+    if a.ndim != (4 if kind == CONV else 2) or b.ndim != 2 or a.dtype.kind in "iub" or 0 in (*a.shape, *b.shape):
+        raise ValueError(
+            f"{file.path}: the factors of {name} are {a.shape} of {a.dtype} and {b.shape} of {b.dtype}; expected are "
+            "floating (r, in) and (out, r), or (r, in, height, width) and (out, r, 1, 1)"
+        )
+    return a, b, kind
+
+
+def _experts(file: TensorFile, roles: dict[str, Roles], config: Config) -> dict[str, str]:
+    """The parameters of stacked experts, by the name that their factors have in the file.
+
+    PEFT puts one wrapper around the other, the first parameter innermost: its factors are under ``base_layer``.
+    """
+    found: dict[str, str] = {}
+    wanted = [name for name in config.parameters if not name.endswith(".weight")]
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for name, keys in roles.items():
+        module = name.replace(".base_layer", "")
+        if "a" in keys and any(f".{module}".endswith(f".{target.rpartition('.')[0]}") for target in wanted):
+            groups[module].append(name)
+    for module, names in groups.items():
+        leaves = [
+            target.rpartition(".")[2] for target in wanted if f".{module}".endswith(f".{target.rpartition('.')[0]}")
+        ]
+        leaves = sorted(dict.fromkeys(leaves), key=nesting)
+        names = sorted(names, key=len, reverse=True)
+        if len(names) != len(leaves):
+            raise ValueError(
+                f"{file.path}: {module} has the factors of {len(names)} parameters, but target_parameters names "
+                f"{', '.join(leaves)} of it"
+            )
+        found |= {name: f"{module}.{leaf}" for name, leaf in zip(names, leaves, strict=True)}
+    return found
+
+
+def nesting(leaf: str) -> tuple[bool, str]:
+    """The order in which PEFT wraps the parameters of stacked experts: as Transformers' modules declare them."""
+    return "down" in leaf or "w2" in leaf, leaf
+
+
+def _rows(file: TensorFile, name: str, rows: np.ndarray, config: Config) -> tuple[tuple[int, ...], np.ndarray]:
+    tokens = config.tokens(name)
+    if rows.ndim != 2 or len(rows) != len(tokens) or min(tokens, default=0) < 0 or len({*tokens}) < len(tokens):
+        raise ValueError(
+            f"{file.path} has {rows.shape} for the trained rows of {name}, but trainable_token_indices names "
+            f"{_short(tokens)}, {len(tokens)} of them"
+        )
+    return tokens, rows
+
+
+def _check_full(file: TensorFile, full: Mapping[str, np.ndarray], config: Config) -> None:
+    """Refuses whole tensors that the settings do not speak of: in PEFT such a tensor overwrites the base."""
+    for name in full:
+        is_bias = name.endswith(".bias") and config.spec.bias != "none"
+        if not is_bias and not config.is_saved(name):
+            raise ValueError(
+                f"{file.path} has a whole tensor {name}, which would overwrite the base; its settings name no such "
+                f"module (modules_to_save={_short(config.data.get('modules_to_save'))}) and bias={config.spec.bias!r}"
+            )
+
+
+def _check_echoes(file: TensorFile, echoes: set[str], full: Mapping[str, np.ndarray], config: Config) -> None:
+    for name in sorted(echoes):
+        if config.spec.bias != "all" or name not in full:
+            raise ValueError(f"{file.path} has a second copy of {name}, which PEFT writes with bias='all' alone")
+
+
+def _check_parts(file: TensorFile, name: str, given: Mapping[str, np.ndarray], config: Config, out: int) -> None:
+    wanted = {"magnitude": config.spec.variant == "dora", "bias": config.spec.lora_bias}
+    setting = {"magnitude": "use_dora", "bias": "lora_bias"}
+    for role, is_wanted in wanted.items():
+        if is_wanted != (role in given):
+            there = "lacks" if is_wanted else "has"
+            raise ValueError(f"{file.path}: {name} {there} a {role}, but {setting[role]} is {str(is_wanted).lower()}")
+        if role in given and given[role].size != out:
+            raise ValueError(f"{file.path}: the {role} of {name} is {given[role].shape}; expected are {out} elements")
+
+
+def _check_left(file: TensorFile, names: set[str], roles: dict[str, Roles]) -> None:
+    """Refuses what belongs to factors that are not there."""
+    for name, keys in roles.items():
+        lone = [key for role, key in keys.items() if role in ("magnitude", "bias")]
+        if lone and name not in names:
+            raise ValueError(f"{file.path} has {lone[0]!r}, but no factors of {name}")
+
+
+def _check_finite(path: Path, adapter: Adapter) -> None:
+    for name, array in adapter.arrays():
+        if not are_finite(array):
+            raise ValueError(
+                f"{path}: {name} has values that are NaN or infinite; the training that wrote it has failed. "
+                "allow_nonfinite=True takes them as they are"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."

@@ -1,0 +1,196 @@
+"""Safetensors files, read lazily and checked, written as a stream and at once.
+
+The `safetensors` package judges a file (header, sizes, holes, overlaps); its arrays are then read through a memory map,
+bfloat16 too, so that no more than one of them is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor's shape and type, as a file's header has them."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open safetensors file: a mapping from names to arrays that are views of it.
+
+    Raises:
+      ValueError: if it is no whole safetensors file, or names a tensor twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy") as checked:
+                names = set(checked.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(self._map[:8], "little")
+        header = json.loads(self._map[8:start], object_pairs_hook=lambda pairs: _unique(path, pairs))
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.infos = {name: _info(path, name, entry) for name, entry in header.items() if name in names}
+        self._places = {name: start + header[name]["data_offsets"][0] for name in self.infos}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.infos[name]
+        count = info.nbytes // info.dtype.itemsize
+        return np.frombuffer(self._map, info.dtype, count, self._places[name]).reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1})[:3] if len({*names}) < len(names) else []:
+        raise ValueError(
+            f"{path}: its header has {twice} twice; such a file means different things to different readers"
+        )
+    return dict(pairs)
+
+
+def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{path}: {name!r} has the type {entry['dtype']}; known are {', '.join(DTYPES)}")
+    return TensorInfo(tuple(entry["shape"]), np.dtype(DTYPES[entry["dtype"]]))
+
+
+def write_tensors(
+    path: Path, infos: Mapping[str, TensorInfo], get: Callable[[str], np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, asking for one array at a time.
+
+    Args:
+      path: of the file, which appears whole or not at all.
+      infos: the shape and type of each tensor.
+      get: a function of a name that returns the array.
+      metadata: text for the header.
+
+    Raises:
+      ValueError: if an array is not what `infos` says.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, info in infos.items():
+        header[name] = {
+            "dtype": NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as aside, aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, info in infos.items():
+            array = np.ascontiguousarray(get(name))
+            if TensorInfo(array.shape, array.dtype) != info:
+                raise ValueError(f"{name} was announced as {info}, found {array.shape} of {array.dtype}")
+            file.write(array.reshape(-1).view(np.uint8).data)
+        flush(file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed onto it at the end; gone if anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o666 & ~_umask())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush(file: Any) -> None:
+    """Has the file's bytes on the disk before it is renamed."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with replacing(path) as aside, aside.open("w") as file:
+        json.dump(data, file, indent=2, sort_keys=True)
+        file.write("\n")
+        flush(file)
+
+
+def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
+    """Reads a JSON file that holds one object.
+
+    Raises:
+      ValueError: if it is too long, no JSON, no object, or has a key twice or a number that is not finite.
+    """
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+        if len(text) > limit:
+            raise ValueError(f"it has over {limit} bytes")
+        data = json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file that can be trusted: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(data).__name__}")
+    return data
+
+
+def are_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite, looked at a part at a time."""
+    if array.dtype.kind in "iub":
+        return True
+    wide = array.dtype if array.dtype.itemsize >= 4 else np.dtype(np.float32)
+    return all(bool(np.isfinite(part.astype(wide, copy=False)).all()) for part in parts(array.reshape(-1)))
+
+
+def parts(flat: np.ndarray, size: int = 1 << 22) -> Iterable[np.ndarray]:
+    """A long vector in pieces, so that what is made of them stays small."""
+    return (flat[start : start + size] for start in range(0, len(flat), size))
