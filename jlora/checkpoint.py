@@ -147,10 +147,18 @@ def _told(leaf: Any) -> dict[str, Any]:
 def _sampled(x: Any) -> str:
     size = math.prod(x.shape)
     flat = np.unique(np.linspace(0, size - 1, min(size, SAMPLES)).astype(np.int64)) if size else np.zeros(0, np.int64)
-    picked = x[np.unravel_index(flat, x.shape)] if len(x.shape) else x
+    picked = _elements(x, np.unravel_index(flat, x.shape)) if len(x.shape) else x
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     host = np.asarray(jax.random.key_data(picked) if is_key else picked)
     return hashlib.sha256(np.ascontiguousarray(host).tobytes()).hexdigest()[:16]
+
+
+def _elements(x: Any, places: tuple[np.ndarray, ...]) -> Any:
+    """Some elements of an array, wherever it lies."""
+    at = getattr(x, "sharding", None)
+    if not isinstance(at, jax.sharding.NamedSharding) or at.mesh.empty:
+        return x[places]
+    return x.at[places].get(out_sharding=jax.sharding.NamedSharding(at.mesh, jax.sharding.PartitionSpec()))
 
 
 def _check_base(directory: Path, theirs: Mapping[str, Any], leaves: Mapping[str, Any], values_too: bool) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,8 @@ def indices(name: str, value: Any) -> tuple[int, ...]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    is_real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return is_real and bool(abs(value) <= sys.float_info.max)
 
 
 def expect(holds: bool, name: str, expected: str, found: Any) -> None:

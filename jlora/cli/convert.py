@@ -1,4 +1,4 @@
-"""Convert an adapter: to PEFT's files, to an Orbax checkpoint, or to portable files.
+"""Convert an adapter: to PEFT's files, portable ones, or an Orbax checkpoint.
 
 jlora convert peft_adapter out --to portable
 jlora convert peft_adapter out --to orbax --base model_directory

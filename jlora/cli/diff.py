@@ -1,7 +1,8 @@
-"""Compare two adapters: which modules each has, and how far their updates are apart.
+"""Compare two adapters: which modules each has, how far updates are apart.
 
-Exits with 1 if they differ by more than the tolerance. The distance of two updates
-is ||s B A - s' B' A'|| / max(||s B A||, ||s' B' A'||), whatever their ranks and scales.
+Exits with 1 if they differ by more than the tolerance. The distance of two
+updates is ||s B A - s' B' A'|| / max(||s B A||, ||s' B' A'||), whatever their
+ranks and scales.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Merge an adapter of PEFT's into a model's safetensors, file by file.
 
-One tensor at a time is in memory. What is done is kept in OUT.partial, from which the
-same command goes on after an interruption; OUT appears when all is there.
+One tensor at a time is in memory. What is done is kept in OUT.partial, from
+which the same command goes on after an interruption; OUT appears when all is
+there.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from jlora.checks import check_made
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
 from jlora.peft import layout
-from jlora.peft.adapter import Adapter, Update
+from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.names import Slot
 from jlora.spec import LoraSpec
@@ -105,15 +105,21 @@ def _either(fits: Sequence[Words]) -> str:
     return " or ".join(map(" ".join, fits))
 
 
-def _is_turned(piece: Piece, tree: Tree) -> bool:
-    """Of a square weight, whether it is (in, out): as those of modules of its name that are not square, or as said."""
-    last = piece.name.rpartition(".")[2]
+def _is_turned(piece: Piece, tree: Tree) -> bool | None:
+    """Of a square weight, whether it is (in, out): as others of its name, or experts beside, that are not square.
+
+    None where nothing tells.
+    """
+    experts = piece.value.kind == EXPERTS
+    group = (lambda name: name.rpartition(".")[0]) if experts else (lambda name: name.rpartition(".")[2])
     for name, update in tree.adapter.updates.items():
-        leaf = tree.leaves.get(f"{name.replace('.', '/')}/weight", tree.leaves.get(f"{name}.weight"))
-        shape: Any = getattr(leaf, "shape", ())
-        if name.rpartition(".")[2] == last and len(shape) == 2 == update.a.ndim and shape[0] != shape[1]:
-            return shape[0] == update.a.shape[1]
-    return bool(tree.adapter.conv1d)
+        if group(name) == group(piece.name) and update.kind == piece.value.kind:
+            path = name.replace(".", "/")
+            found = (tree.leaves.get(leaf) for leaf in (f"{path}/weight", f"{name}.weight", path, name))
+            shape: Any = getattr(next((leaf for leaf in found if leaf is not None), None), "shape", ())
+            if len(shape) >= 2 and shape[-1] != shape[-2]:
+                return shape[-2] == update.a.shape[-1]
+    return None if experts else bool(tree.adapter.conv1d)
 
 
 def _fixed(path: str, pieces: list[Piece]) -> tuple[int, ...]:

@@ -108,6 +108,11 @@ class Config:
         saved = tuple(self.data.get("modules_to_save") or ())
         return bool(saved) and self._names(modules.within(saved), parameter.rpartition(".")[0])
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether the tables of which rows are trained are named."""
+        return isinstance(self.data.get("trainable_token_indices"), Mapping)
+
     def tokens(self, name: str) -> tuple[int, ...]:
         """The rows of a module's table that are trained; none where it is not named."""
         given = self.data.get("trainable_token_indices")

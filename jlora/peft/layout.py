@@ -11,7 +11,7 @@ import numpy as np
 
 from jlora.axes import Axes
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Update
-from jlora.peft.names import Layout, Slot, is_embedding
+from jlora.peft.names import FLAX, Layout, Slot, is_embedding
 
 Words = tuple[str, ...]
 _SCALES = {"rsqrt_head": lambda outs: 1 / math.sqrt(outs[-1]), "sqrt_features": lambda outs: math.sqrt(math.prod(outs))}
@@ -83,14 +83,14 @@ class Sizes(NamedTuple):
         return cls(CONV if len(shape) == 4 else LINEAR, math.prod(shape[1:]), shape[0])
 
 
-def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool = False) -> list[Words]:
+def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool | None = False) -> list[Words]:
     """The words that a part of a leaf may have, by its sizes; the likeliest alone where there is one.
 
     Args:
       slot: the part.
       shape: of the leaf.
       sizes: of the module.
-      is_turned: of a square PyTorch weight, whether it is (in, out), as GPT-2's.
+      is_turned: of a square PyTorch weight, whether it is (in, out), as GPT-2's; None: not known.
     """
     left = [n for n, at in zip(shape, slot.index, strict=True) if at is None]
     if slot.layout.dims is not None:
@@ -113,16 +113,17 @@ def _product(words: Words, sizes: Sequence[int], word: str) -> int:
     return math.prod(n for w, n in zip(words, sizes, strict=True) if w == word)
 
 
-def _likeliest(possible: list[Words], leaf: str, kind: str, is_turned: bool) -> list[Words]:
+def _likeliest(possible: list[Words], leaf: str, kind: str, is_turned: bool | None) -> list[Words]:
     """Of several the one that has its in axes first, as Flax's kernels, or last, as PyTorch's weights."""
     if kind == CONV:
         possible = [words for words in possible if words.count("in") == 3 and "out" in (words[0], words[-1])]
-    if len(possible) <= 1:
+    is_torch = leaf == "weight" or kind == EXPERTS
+    if len(possible) <= 1 or (is_torch and is_turned is None) or not (is_torch or leaf in FLAX):
         return possible
-    in_first = leaf != "weight" or kind == EMBEDDING or is_turned
+    in_first = not is_torch or kind == EMBEDDING or is_turned
     order = ("batch", "in", "out") if in_first else ("batch", "out", "in")
     sorted_ones = [words for words in possible if list(words) == sorted(words, key=order.index)]
-    return sorted_ones if len(sorted_ones) == 1 and leaf in ("weight", "kernel", "embedding") else possible
+    return sorted_ones if len(sorted_ones) == 1 else possible
 
 
 def lora_a(update: Update, part: Part) -> np.ndarray:

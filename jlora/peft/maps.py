@@ -205,7 +205,7 @@ def _bert(prefix: str = "") -> list[Entry]:
         (f"{prefix}embeddings.position_embeddings", tables + "(position_embeddings|positions|position)/embedding"),
         (f"{prefix}embeddings.token_type_embeddings", tables + "(token_type_embeddings|types|type)/embedding"),
         (f"{prefix}embeddings.LayerNorm", tables + "(LayerNorm|norm|layer_norm)/scale"),
-        (f"{prefix}pooler.dense", "(bert/|encoder/|)pooler/(dense/|)kernel"),
+        (f"{prefix}pooler.dense", "(bert/|encoder/|)pooler(/dense|)/kernel"),
         *([("classifier", "(classifier|head)/kernel")] if prefix else []),
     ]
 

@@ -1,6 +1,7 @@
 """Which leaf of a tree, or which part of it, is which module of a PyTorch model.
 
-A map is an ordered list of pairs (PyTorch's name, path), with one name for each text that differs:
+A map is an ordered list of pairs (PyTorch's name, path), with a name in braces for what differs: ``{i}`` to ``{n}`` for
+numbers, any other for text without a slash:
 
     ("model.layers.{i}.self_attn.{p}_proj", "layers/attn/{p}/kernel[{i}]")
 
@@ -27,6 +28,7 @@ _PART = re.compile(r"(.*)\[(\d+)/(\d+)\]")
 _INDEX = re.compile(r"(.*?)\[([^\]]*)\]")
 FLAX = ("kernel", "embedding", "scale")
 WEIGHTS = ("weight", *FLAX)
+NUMBERS = tuple("ijklmn")
 EMBEDDINGS = re.compile(r"(?:.*\.)?(?:\w*embed\w*|\w*embeddings?|wte|wpe|shared)")
 
 
@@ -155,8 +157,12 @@ def _rules(entry: Entry) -> list[Rule]:
     if unknown:
         raise ValueError(f"names: {entry!r} has {{{min(unknown)}}} on one side only")
     rules = [_rule(torch.removesuffix(".weight"), path, index, layout, part)]
-    if torch.rpartition(".")[2] not in ("bias", "weight") and path.rpartition("/")[2] in (*WEIGHTS, "w"):
-        beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
+    module, _, leaf = path.rpartition("/")
+    is_weight = not {*leaf.strip("()").split("|")}.isdisjoint((*WEIGHTS, "w")) and module.count("(") == module.count(
+        ")"
+    )
+    if torch.rpartition(".")[2] not in ("bias", "weight") and is_weight:
+        beside = f"{module}/bias".lstrip("/")
         rules.append(_rule(f"{torch}.bias", beside, index, dataclasses.replace(layout, dims=None), part))
     return rules
 
@@ -214,7 +220,7 @@ def _pattern(template: str) -> re.Pattern[str]:
         name = text[1:-1]
         again = name in seen
         seen.add(name)
-        return f"(?P={name})" if again else rf"(?P<{name}>[^/]+?)"
+        return f"(?P={name})" if again else rf"(?P<{name}>{'[0-9]+' if name in NUMBERS else '[^/]+?'})"
 
     pieces = _VARIABLE.split(template)
     body = "".join(compiled(x) if _VARIABLE.fullmatch(x) else re.escape(x) for x in pieces)

@@ -101,18 +101,25 @@ def _check_names(adapter: Adapter, slots: Slots) -> None:
 
 
 def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
-    """Refuses an adapter that lacks the factors of a module that its settings name."""
+    """Refuses an adapter that lacks something that its settings name."""
     config = Config(adapter.config)
-    if config.has_open_targets:
-        return
     done = {*_named(adapter)}
+    if config.data.get("trainable_token_indices") and not adapter.tokens:
+        raise ValueError(
+            "peft.load: the adapter's settings name rows of a table, but its file has none: it is not whole"
+        )
     for name, places in slots.items():
-        is_kernel = len([at for at in places[0].index if at is None]) >= 2 and not name.endswith(".bias")
-        theirs = moved.back(name)
-        is_whole = config.is_saved(f"{theirs}.weight") or config.tokens(theirs)
-        if is_kernel and name not in done and not is_whole and config.is_target(theirs):
+        theirs, is_bias = moved.back(name), name.endswith(".bias")
+        is_kernel = len([at for at in places[0].index if at is None]) >= 2 and not is_bias
+        is_whole = config.is_saved(theirs if is_bias else f"{theirs}.weight")
+        is_table = is_kernel and config.has_tables and bool(config.tokens(theirs))
+        is_adapted = is_kernel and not config.has_open_targets and config.is_target(theirs)
+        beside = config.spec.bias == "all" or (
+            config.spec.bias == "lora_only" and name.removesuffix(".bias") in adapter.updates
+        )
+        if (is_whole or is_table or is_adapted or (is_bias and beside)) and name not in done:
             raise ValueError(
-                f"peft.load: the adapter's settings name {theirs}, but its file has no factors of it: it is not whole"
+                f"peft.load: the adapter's settings name {theirs}, but its file has nothing of it: it is not whole"
             )
 
 

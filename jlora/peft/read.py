@@ -36,10 +36,17 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG}: {str(error).removeprefix('LoraSpec.from_peft: ')}") from None
     file = TensorFile(directory / WEIGHTS)
+    _check_types(file)
     adapter = _adapter(file, config)
     if not allow_nonfinite:
         _check_finite(file.path, adapter)
     return adapter
+
+
+def _check_types(file: TensorFile) -> None:
+    for name, info in file.infos.items():
+        if info.dtype.kind in "iub" or 0 in info.shape:
+            raise ValueError(f"{file.path}: {name} is {info.shape} of {info.dtype.name}; expected are floating numbers")
 
 
 def check_there(directory: Path) -> None:
@@ -123,10 +130,10 @@ def _pair(
     is_conv = kind == CONV and b.ndim == 4 and b.shape[2:] == (1, 1)
     if is_conv:
         b = b[:, :, 0, 0]
-    if a.ndim != (4 if kind == CONV else 2) or b.ndim != 2 or a.dtype.kind in "iub" or 0 in (*a.shape, *b.shape):
+    if a.ndim != (4 if kind == CONV else 2) or b.ndim != 2:
         raise ValueError(
-            f"{file.path}: the factors of {name} are {a.shape} of {a.dtype} and {b.shape} of {b.dtype}; expected are "
-            "floating (r, in) and (out, r), or (r, in, height, width) and (out, r, 1, 1)"
+            f"{file.path}: the factors of {name} are {a.shape} and {b.shape}; expected are (r, in) and (out, r), or "
+            "(r, in, height, width) and (out, r, 1, 1)"
         )
     return a, b, kind
 

@@ -1,0 +1,210 @@
+"""The command line, from arguments to files, text and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.cli import main, parser
+from jlora.cli import merge as merge_command
+from jlora.peft.tensors import TensorFile
+
+AXES = {"q_proj": jlora.Axes(1, 0), "up_proj": jlora.Axes(1, 0)}
+SPECS = {"lora": {"rank": 4}, "dora": {"rank": 2, "variant": "dora"}, "some": {"rank": 2, "layers": [0, 2]}}
+
+
+def model():
+    keys = iter(jax.random.split(jax.random.key(0), 50))
+    linear = lambda out, ins: {"weight": jax.random.normal(next(keys), (out, ins))}
+    layer = lambda: {
+        "attn": {"q_proj": linear(8, 8)},
+        "mlp": {"up_proj": linear(12, 8)},
+        "norm": {"weight": jnp.ones(8)},
+    }
+    layers = {str(i): layer() for i in range(3)}
+    return {"model": {"embed_tokens": linear(20, 8), "layers": layers}, "lm_head": linear(20, 8)}
+
+
+def adapted(**settings):
+    tree = jlora.wrap(model(), jlora.LoraSpec(targets=["q_proj", "up_proj"], axes=AXES, **settings))
+    noise = lambda x, label: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
+    return jax.tree.map(lambda x, label: noise(x, label) if label == "trainable" else x, tree, jlora.labels(tree))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a model of several files and adapters of both kinds, as the working folder."""
+    monkeypatch.chdir(tmp_path)
+    jlora.peft.to_safetensors(model(), "base", shard_bytes=1500)
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "pytorch_model.bin").write_text("not copied")
+    for name, settings in SPECS.items():
+        jlora.peft.save(name, adapted(**settings), base_model="me/tiny")
+    jlora.checkpoint.save("orbax", adapted(**SPECS["lora"]))
+    return tmp_path
+
+
+def test_inspect_tells_targets_ranks_and_size(home, capsys):
+    assert main(["inspect", "lora"]) == 0
+    text = capsys.readouterr().out
+    assert "me/tiny" in text and "attn.q_proj" in text and "8 -> 12" in text and "portable         yes" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert main(["inspect", "dora"]) == 0
+    assert "DoRA" in capsys.readouterr().out
+
+
+def test_inspect_as_json_has_each_module(home, capsys):
+    assert main(["inspect", "lora", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    node = adapted(**SPECS["lora"])["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"]
+    module = next(m for m in told["modules"] if m["name"] == "model.layers.1.mlp.up_proj")
+    assert (module["shape"], module["rank"], module["scale"]) == ([8, 12], 4, 4.0)
+    np.testing.assert_allclose(module["norm"], np.linalg.norm(4 * node.lora_a @ node.lora_b), rtol=1e-5)
+    assert told["parameters"] == sum(m["parameters"] for m in told["modules"]) == 3 * 4 * (16 + 20)
+
+
+def test_inspect_reads_an_orbax_adapter_of_any_variant(home, capsys):
+    assert main(["inspect", "orbax"]) == 0
+    assert "attn.q_proj" in capsys.readouterr().out
+    jlora.checkpoint.save("oft", jlora.wrap({"dense": {"kernel": jnp.eye(8)}}, jlora.LoraSpec(variant="oft")))
+    assert main(["inspect", "oft"]) == 0
+    assert "OftParam" in capsys.readouterr().out
+
+
+def test_inspect_finds_values_that_are_not_finite(home, capsys):
+    tree = adapted(rank=1)
+    broken = jax.tree.map(lambda x, label: x * jnp.nan if label == "trainable" else x, tree, jlora.labels(tree))
+    jlora.peft.save("broken", broken)
+    assert main(["inspect", "broken"]) == 1
+    assert "not finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_merge_is_that_of_the_library(home, name, capsys):
+    assert main(["merge", "base", name, "out"]) == 0
+    merged = jlora.peft.from_safetensors("out")
+    expected = jlora.merge(adapted(**SPECS[name]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, expected)
+    assert (home / "out" / "config.json").exists() and not (home / "out" / "pytorch_model.bin").exists()
+    assert not list(home.glob("out.*"))
+
+
+def test_merge_casts_what_it_merges(home):
+    assert main(["merge", "base", "lora", "out", "--dtype", "bfloat16"]) == 0
+    merged = jlora.peft.from_safetensors("out")
+    assert merged["lm_head"]["weight"].dtype == jnp.float32
+    assert merged["model"]["layers"]["0"]["attn"]["q_proj"]["weight"].dtype == jnp.bfloat16
+
+
+def test_merge_goes_on_where_it_was_interrupted(home, monkeypatch, capsys):
+    written, last = [], [2]
+    real = merge_command.write_tensors
+
+    def write(path, *rest):
+        if len(written) == last[0]:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(path, *rest)
+
+    monkeypatch.setattr(merge_command, "write_tensors", write)
+    assert main(["merge", "base", "lora", "out"]) == 130
+    assert not (home / "out").exists() and (home / "out.partial").is_dir()
+    last[0] = None
+    assert main(["merge", "base", "lora", "out"]) == 0
+    assert len(written) == len({*written}) == len(list((home / "base").glob("*.safetensors")))
+    expected = jlora.merge(adapted(**SPECS["lora"]))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), jlora.peft.from_safetensors("out"), expected)
+
+
+def test_a_merge_of_another_adapter_starts_anew(home, monkeypatch):
+    real = merge_command._finish
+    monkeypatch.setattr(merge_command, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["merge", "base", "lora", "out"])
+    monkeypatch.setattr(merge_command, "_finish", real)
+    assert main(["merge", "base", "dora", "out"]) == 0
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
+        jlora.peft.from_safetensors("out"),
+        jlora.merge(adapted(**SPECS["dora"])),
+    )
+
+
+def test_merge_holds_one_tensor_at_a_time(home, monkeypatch):
+    sizes = []
+    real = TensorFile.__getitem__
+    monkeypatch.setattr(TensorFile, "__getitem__", lambda self, name: sizes.append(name) or real(self, name))
+    assert main(["merge", "base", "lora", "out"]) == 0
+    base_names = [name for name in sizes if not name.startswith("base_model.model.")]
+    assert sorted(base_names) == sorted({*base_names})  # each tensor of the base is read once
+
+
+def test_convert_round_trips(home, capsys):
+    assert main(["convert", "lora", "portable", "--to", "portable"]) == 0
+    assert main(["convert", "lora", "as_orbax", "--to", "orbax", "--base", "base"]) == 0
+    assert main(["convert", "as_orbax", "back", "--to", "peft"]) == 0
+    for other in ("portable", "as_orbax", "back", "orbax"):
+        assert main(["diff", "lora", other]) == 0
+    jlora.checkpoint.load("as_orbax", model())
+    assert json.loads((home / "portable/adapter_config.json").read_text())["base_model_name_or_path"] == "me/tiny"
+
+
+def test_convert_a_stacked_flax_adapter_by_a_map(home, capsys):
+    params = {"layers": {"attention": {"q_proj": {"kernel": jnp.ones((3, 8, 8))}}}}
+    axes = {"q_proj": jlora.Axes(1, 2, 0)}
+    jlora.checkpoint.save("stacked", jlora.wrap(params, jlora.LoraSpec(targets="q_proj", rank=2, axes=axes)))
+    assert main(["convert", "stacked", "torch", "--to", "peft", "--names", "llama"]) == 0
+    names = {*TensorFile(home / "torch/adapter_model.safetensors")}
+    assert "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight" in names and len(names) == 6
+
+
+def test_diff_tells_what_differs(home, capsys):
+    assert main(["diff", "lora", "lora"]) == 0
+    assert main(["diff", "lora", "some"]) == 1
+    text = capsys.readouterr().out
+    assert "only in A" in text and "rank 4 and 2" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "nowhere is no directory"),
+        (["inspect", "base"], "neither adapter_config.json nor"),
+        (["merge", "base", "lora", "lora"], "--force"),
+        (["merge", "lora", "lora", "out"], "has no model.safetensors"),
+        (["convert", "dora", "out", "--to", "portable"], "to_safetensors"),
+        (["convert", "lora", "out", "--to", "orbax"], "needs --base"),
+        (["convert", "orbax", "out", "--to", "peft", "--names", "lama"], "there is no map 'lama'"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(home, arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert (
+        message in captured.err
+        and captured.err.startswith(f"jlora {arguments[0]}: ")
+        and "Traceback" not in captured.err
+    )
+    assert captured.err.count("\n") == 1 and not (home / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "merge", "convert", "diff"])
+def test_help_tells_each_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([command, "--help"])
+    assert ended.value.code == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+def test_it_runs_as_a_module(home):
+    command = [sys.executable, "-m", "jlora", "diff", "lora", "lora"]
+    environment = os.environ | {"PYTHONPATH": str(Path(jlora.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "the same" in done.stdout, done.stderr

@@ -1,0 +1,132 @@
+"""Orbax adapters: what is saved is what comes back, on the base that it belongs to, and no other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jlora
+from jlora import checkpoint
+
+PARAMS = {
+    "a": {"kernel": jax.random.normal(jax.random.key(0), (8, 16)), "bias": jnp.zeros(16)},
+    "table": {"embedding": jnp.ones((6, 4))},
+    "head": {"kernel": jnp.ones((8, 3))},
+}
+
+
+def trained(spec, params=PARAMS):
+    tree = jlora.wrap(params, spec)
+    return jax.tree.map(lambda x, label: x + 1 if label == "trainable" else x, tree, jlora.labels(tree))
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+SPECS = {
+    **{name: jlora.LoraSpec(targets="a", rank=2, variant=name) for name in jlora.variants.VARIANTS},
+    "start": jlora.LoraSpec(targets="a", rank=2, init="pissa", dropout=0.1),
+    "full": jlora.LoraSpec(targets="a", rank=2, train=("head",), bias="lora_only", train_tokens={"table": [1, 4]}),
+    "bias": jlora.LoraSpec(targets="a", rank=2, lora_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_saved_comes_back(name, tmp_path):
+    tree = trained(SPECS[name])
+    checkpoint.save(tmp_path / "adapter", tree)
+    assert_same(checkpoint.load(tmp_path / "adapter", PARAMS), tree)
+
+
+def test_the_base_is_not_in_it(tmp_path):
+    params = {"big": {"kernel": jnp.ones((1024, 1024))}}
+    checkpoint.save(tmp_path / "adapter", jlora.wrap(params, jlora.LoraSpec(rank=1)))
+    size = sum(path.stat().st_size for path in (tmp_path / "adapter").rglob("*") if path.is_file())
+    assert size < 100_000
+
+
+def test_another_base_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "adapter", trained(SPECS["lora"]))
+    other = jax.tree.map(lambda x: x, PARAMS)
+    other["a"]["kernel"] = other["a"]["kernel"] * 2
+    with pytest.raises(ValueError, match=r"a/kernel has other values.*1 of 4 leaves"):
+        checkpoint.load(tmp_path / "adapter", other)
+    checkpoint.load(tmp_path / "adapter", other, check_base=False)
+    with pytest.raises(ValueError, match="head/kernel has shape None here"):
+        checkpoint.load(tmp_path / "adapter", {key: PARAMS[key] for key in ("a", "table")})
+    with pytest.raises(TypeError, match="wrapped already"):
+        checkpoint.load(tmp_path / "adapter", trained(SPECS["lora"]))
+
+
+def test_a_leaf_trained_in_full_may_have_any_value_in_the_base(tmp_path):
+    tree = trained(SPECS["full"])
+    checkpoint.save(tmp_path / "adapter", tree)
+    fresh = {**PARAMS, "head": {"kernel": jnp.zeros((8, 3))}}
+    assert_same(checkpoint.load(tmp_path / "adapter", fresh), tree)
+
+
+def test_an_abstract_base_will_do(tmp_path):
+    tree = trained(SPECS["dora"])
+    checkpoint.save(tmp_path / "adapter", tree)
+    planned = checkpoint.load(tmp_path / "adapter", jax.eval_shape(lambda: PARAMS))
+    np.testing.assert_array_equal(planned["a"]["kernel"].lora_b, tree["a"]["kernel"].lora_b)
+    assert isinstance(planned["a"]["kernel"].base, jax.ShapeDtypeStruct)
+    alone = checkpoint.load_abstract(tmp_path / "adapter")
+    assert {*alone} == {"a/kernel", "a/bias", "table/embedding", "head/kernel"}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "full"])
+def test_it_lies_as_the_base_lies_on_any_mesh(name, tmp_path):
+    checkpoint.save(tmp_path / "adapter", trained(SPECS[name]))
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec())), PARAMS)
+    place = NamedSharding(mesh, PartitionSpec("data", "model"))
+    placed["a"]["kernel"] = jax.device_put(PARAMS["a"]["kernel"], place)
+    loaded = checkpoint.load(tmp_path / "adapter", placed)
+    expected = jlora.wrap(placed, SPECS[name])
+    ours, wanted = (jax.tree.map(lambda x: x.sharding, t["a"]["kernel"]) for t in (loaded, expected))
+    assert jax.tree.leaves(ours) == jax.tree.leaves(wanted)
+    assert_same(loaded, trained(SPECS[name]))
+
+
+def test_a_class_of_ones_own_is_named(tmp_path):
+    import dataclasses
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Mine(jlora.variants.AdaptedParam):
+        base: object = jlora.variants.frozen()
+        gain: object = jlora.variants.trained("batch out")
+        axes: jlora.Axes = jlora.variants.static()
+        layers: object = jlora.variants.static(default=None)
+
+        @classmethod
+        def create(cls, base, kernel, key):
+            return cls(base, jnp.ones(kernel.sizes("batch out")), **kernel.place)
+
+        def effective(self, name, key):
+            plain = jlora.variants.plain(self.base, name=name)
+            return jlora.variants.gained(plain, self.beside(self.gain, "batch out", fill=1))
+
+    tree = trained(jlora.LoraSpec(targets="a", variant=Mine))
+    checkpoint.save(tmp_path / "adapter", tree)
+    with pytest.raises(ValueError, match=r"variants=\[Mine\]"):
+        checkpoint.load(tmp_path / "adapter", PARAMS)
+    assert_same(checkpoint.load(tmp_path / "adapter", PARAMS, variants=[Mine]), tree)
+
+
+def test_nothing_is_replaced_unasked(tmp_path):
+    checkpoint.save(tmp_path / "adapter", trained(SPECS["lora"]))
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        checkpoint.save(tmp_path / "adapter", trained(SPECS["dora"]))
+    checkpoint.save(tmp_path / "adapter", trained(SPECS["dora"]), overwrite=True)
+    assert_same(checkpoint.load(tmp_path / "adapter", PARAMS), trained(SPECS["dora"]))
+    with pytest.raises(FileNotFoundError, match="no adapter that"):
+        checkpoint.load(tmp_path, PARAMS)
+    with pytest.raises(TypeError, match=r"jlora\.wrap"):
+        checkpoint.save(tmp_path / "plain", PARAMS)
+    with pytest.raises(ValueError, match="partition"):
+        checkpoint.save(tmp_path / "half", jlora.partition(trained(SPECS["lora"]))[0])
