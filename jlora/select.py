@@ -37,8 +37,8 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     excluded = _matched("exclude", spec.exclude, paths)
     full = _matched("train", spec.train, paths)
     tokens = {path: ids for pattern, ids in spec.train_tokens.items() for path in _tables(pattern, by_path)}
-    given = _matched("axes", spec.axes, paths)
-    kernels = {path for path in paths if path in given or is_kernel(path, by_path[path], sites)}
+    _matched("axes", spec.axes, paths)
+    kernels = {path for path in paths if is_kernel(path, by_path[path], sites) or _has_axes(path, by_path[path], spec)}
     if isinstance(spec.targets, str):
         linear = {path for path in kernels if is_linear(path, by_path[path], sites) and not is_output_layer(path)}
         targets = linear - full - excluded - {*tokens}
@@ -57,6 +57,16 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     for path in sorted(full):
         _check_trainable(path, by_path[path])
     return Selection(targets, full, tokens)
+
+
+def _has_axes(path: str, leaf: Any, spec: LoraSpec) -> bool:
+    """Whether the spec says a leaf's axes: by its own name, or by its module's and with as many axes as it has."""
+    for pattern, axes in spec.axes.items():
+        count = len((*axes.in_axis, *axes.out_axis, *axes.batch_axis))
+        found = matcher(pattern)(path)
+        if found == "leaf" or (found == "module" and len(getattr(leaf, "shape", ())) == count):
+            return True
+    return False
 
 
 def sites_of(sites: Sites | None, leaves: Mapping[str, Any]) -> Sites | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +149,12 @@ def indices(name: str, value: Any) -> tuple[int, ...]:
 
 
 def is_number(value: Any) -> bool:
-    is_real = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    return is_real and bool(abs(value) <= sys.float_info.max)
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def expect(holds: bool, name: str, expected: str, found: Any) -> None:

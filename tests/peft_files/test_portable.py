@@ -1,0 +1,110 @@
+"""Portable files: what vLLM, SGLang, llama.cpp and TGI read alike; and the nearest low-rank update."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.peft.tensors import TensorFile
+from tests.peft_files.trees import assert_same, lora, merged, nested, noise
+
+STATE = {f"model.layers.{i}.attn.{p}_proj.weight": noise(6, 4) for i in range(3) for p in "qv"}
+STATE |= {"model.embed_tokens.weight": noise(10, 4), "lm_head.weight": noise(10, 4), "model.norm.weight": noise(4)}
+ALLOWED = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
+
+
+def tree(**settings):
+    ranks = {"model.layers.0.attn.q_proj.weight": (2, 0.5), "model.layers.2.attn.q_proj.weight": (3, 1.7)}
+    nodes = {name: lora(STATE[name], rank, scale) for name, (rank, scale) in ranks.items()}
+    return nested({name: jnp.asarray(x) for name, x in STATE.items()} | nodes | settings)
+
+
+def saved(directory, wrapped, **settings):
+    jlora.peft.save(directory, wrapped, portable=True, **settings)
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+def test_one_rank_and_a_scale_of_one(tmp_path):
+    config = saved(tmp_path, tree())
+    assert config["r"] == config["lora_alpha"] == 3 and config["peft_type"] == "LORA"
+    assert config["target_modules"] == ["q_proj"] and not config["use_rslora"] and not config["use_dora"]
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["bias"] == "none"
+    assert not config["modules_to_save"] and not config["lora_bias"] and not config["target_parameters"]
+
+
+def test_only_factors_and_a_pair_in_every_layer(tmp_path):
+    saved(tmp_path, tree())
+    file = TensorFile(tmp_path / "adapter_model.safetensors")
+    assert all(name.endswith(ALLOWED) for name in file)
+    pairs = {name.rpartition(".lora_")[0] for name in file}
+    assert pairs == {f"base_model.model.model.layers.{i}.attn.q_proj" for i in range(3)}
+    assert all(3 in info.shape for info in file.infos.values())
+
+
+def test_nothing_is_lost(tmp_path):
+    wrapped = tree()
+    saved(tmp_path, wrapped)
+    again = jlora.peft.load(tmp_path, nested(STATE))
+    assert_same(merged(again), merged(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [
+        ("DoRA", {"variant": "dora"}),
+        ("biases", {"lora_bias": True}),
+        ("in full", {"train": ("norm",)}),
+        ("trained rows", {"train_tokens": {"embed_tokens": [1]}}),
+    ],
+)
+def test_the_rest_is_refused_with_the_ways_out(what, settings, tmp_path):
+    params = nested({**STATE, "model.layers.0.attn.q_proj.bias": noise(6)})
+    spec = jlora.LoraSpec(targets="0/attn/q_proj", rank=2, axes={"q_proj": jlora.Axes(1, 0)}, **settings)
+    with pytest.raises(ValueError, match=rf"{what}.*to_safetensors.*low_rank"):
+        jlora.peft.save(tmp_path, jlora.wrap(params, spec), portable=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_is_the_head_too_is_refused(tmp_path):
+    state = {name: x for name, x in STATE.items() if name != "lm_head.weight"}
+    table = lora(state["model.embed_tokens.weight"], axes=jlora.Axes(0, 1))
+    with pytest.raises(ValueError, match="the head too"):
+        jlora.peft.save(tmp_path, nested({**state, "model.embed_tokens.weight": table}), portable=True)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 50])
+def test_the_nearest_low_rank_update_tells_what_it_loses(rank):
+    params = {"kernel": jnp.asarray(noise(6, 8)), "other": {"kernel": jnp.asarray(noise(3, 5, 7))}}
+    axes = {"other/kernel": jlora.Axes(1, 2, 0)}
+    wrapped = jlora.wrap(params, jlora.LoraSpec(targets=["kernel"], rank=4, variant="dora", axes=axes))
+    moved = lambda x, label: x + noise(*x.shape) if label == "trainable" else x
+    wrapped = jax.tree.map(moved, wrapped, jlora.labels(wrapped))
+    nearest, errors = jlora.peft.low_rank(wrapped, rank)
+    assert {*errors} == {"kernel", "other/kernel"} and nearest["kernel"].rank == min(rank, 6)
+    for path, of in (("kernel", lambda t: t["kernel"]), ("other/kernel", lambda t: t["other"]["kernel"])):
+        delta = np.asarray(of(jlora.merge(wrapped)) - of(params))
+        s = np.linalg.svd(delta, compute_uv=False)
+        np.testing.assert_allclose(errors[path], np.linalg.norm(s[..., rank:]) / np.linalg.norm(s), atol=1e-5)
+        left = np.linalg.norm(np.asarray(of(jlora.merge(nearest)) - of(jlora.merge(wrapped)))) / np.linalg.norm(delta)
+        np.testing.assert_allclose(left, errors[path], atol=1e-5)
+
+
+def test_an_approximation_can_be_saved_where_the_adapter_can_not(tmp_path):
+    params = nested(STATE)
+    spec = jlora.LoraSpec(targets="q_proj", variant="dora", rank=2, axes={"q_proj": jlora.Axes(1, 0)})
+    wrapped = jlora.wrap(params, spec)
+    moved = lambda x, label: x + 0.1 * noise(*x.shape) if label == "trainable" else x
+    wrapped = jax.tree.map(moved, wrapped, jlora.labels(wrapped))
+    nearest, errors = jlora.peft.low_rank(wrapped, 4)
+    assert max(errors.values()) < 1e-5
+    saved(tmp_path, nearest)
+    assert_same(merged(jlora.peft.load(tmp_path, params)), merged(wrapped))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, None])
+def test_a_rank_is_a_positive_integer(rank):
+    with pytest.raises(ValueError, match="positive integer"):
+        jlora.peft.low_rank(tree(), rank)
