@@ -41,6 +41,10 @@ class Config:
                 f"peft_type is {self.data['peft_type']!r}; files of LORA (with DoRA and rsLoRA) are read. Merge it in "
                 "PEFT, or train that variant with LoraSpec.from_peft"
             )
+        given = self.data.get("trainable_token_indices") or []
+        for name, ids in given.items() if isinstance(given, Mapping) else [("embed_tokens", given)]:
+            if not name or not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+                raise ValueError(f"trainable_token_indices has {ids!r} for {name!r}; expected is a list of row numbers")
         _ = self.spec, self.start  # errors at once
 
     @cached_property

@@ -33,7 +33,8 @@ def saved(directory, tree):
 @pytest.mark.parametrize(
     ("settings", "rank"),
     [({}, 2), ({"init": "pissa"}, 4), ({"variant": "lora_fa"}, 2), ({"variant": "adalora"}, 2),
-     ({"variant": "vera"}, 2), ({"variant": "loha"}, 4), ({"variant": "dora"}, 2), ({"variant": "dora", "init": "olora"}, 4)],
+     ({"variant": "vera"}, 2), ({"variant": "loha"}, 4), ({"variant": "dora"}, 2),
+     ({"variant": "dora", "init": "olora"}, 4)],
     ids=str,
 )  # fmt: skip
 def test_each_low_rank_variant_is_written_as_the_same_function(settings, rank, tmp_path):
