@@ -24,6 +24,7 @@ _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE
 MATCH_SECONDS = 1.0
 MAX_PATTERN = 2000
 MODULE = "module:"
+_LARGE_COUNT = re.compile(r"\{[^}]*\d{4}")
 _REGEX_ONLY = re.compile(r"[()|^$\\+]|\.\*|\[\^")
 
 Pattern = str | re.Pattern[str]
@@ -153,6 +154,8 @@ def _dotted(text: str) -> Matcher:
 
 
 def _fullmatch(text: str) -> Callable[[str], bool]:
+    if _LARGE_COUNT.search(text):
+        raise ValueError(f"{text[:200]!r} is no valid regular expression here: a count in braces is at most 999")
     try:
         compiled = regex.compile(text)
     except (regex.error, RecursionError) as error:

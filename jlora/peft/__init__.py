@@ -18,7 +18,7 @@ from jlora.peft.names import Entry, Layout
 from jlora.peft.place import place
 from jlora.peft.portable import low_rank
 from jlora.peft.portable import portable as _portable
-from jlora.peft.read import read
+from jlora.peft.read import check_finite, read
 from jlora.peft.write import write
 
 __all__ = ["NAMES", "Layout", "from_safetensors", "load", "low_rank", "save", "to_safetensors"]
@@ -78,6 +78,7 @@ def save(
     names: str | Sequence[Entry] | None = None,
     base_model: str | None = None,
     portable: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the adapter of a wrapped tree as PEFT does: a few MB, without the base.
 
@@ -91,6 +92,7 @@ def save(
       base_model: the model's name, for ``base_model_name_or_path``.
       portable: write what vLLM, SGLang, llama.cpp and TGI read alike: every scale folded into B, one rank, no patterns,
         all layers.
+      allow_nonfinite: write NaN and infinite values as they are.
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
@@ -98,4 +100,6 @@ def save(
         message says what to do.
     """
     collected = collect(tree, names)
+    if not allow_nonfinite:
+        check_finite("peft.save", collected.adapter)
     write(Path(directory), _portable(collected) if portable else collected, base_model)

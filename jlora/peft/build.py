@@ -21,18 +21,11 @@ from jlora.peft import layout
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.names import Slot
+from jlora.peft.stack import Piece, Stack, fixed_axes, padded
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam, squared_norms
 from jlora.variants.tokens import TokensParam
-
-
-class Piece(NamedTuple):
-    """The part of a leaf that a module is, and what the adapter has for it."""
-
-    name: str
-    slot: Slot
-    value: Any
 
 
 class Tree(NamedTuple):
@@ -46,7 +39,7 @@ class Tree(NamedTuple):
 def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     """The node of a kernel: the factors of its parts, one beside the other on the axes that they are parts of."""
     base, adapter = tree.leaves[path], tree.adapter
-    words, fixed = _words(path, pieces, tree), _fixed(path, pieces)
+    words, fixed = _words(path, pieces, tree), fixed_axes(path, pieces)
     axes = _axes(words, fixed, len(base.shape))
     part = Part(words, _left(pieces[0].slot, base.shape), pieces[0].slot.layout)
     scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
@@ -56,9 +49,9 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     def factors(piece: Piece) -> tuple[np.ndarray, np.ndarray]:
         update, own = piece.value, part._replace(layout=piece.slot.layout)
         lora_b = layout.lora_b(update, piece.slot, own) * np.float32(update.scale / scale)
-        return _padded(layout.lora_a(update, own), rank, batch + len(part.of("in"))), _padded(lora_b, rank, batch)
+        return padded(layout.lora_a(update, own), rank, batch + len(part.of("in"))), padded(lora_b, rank, batch)
 
-    stack = _Stack.of(path, pieces, fixed, base.shape)
+    stack = Stack.of(path, pieces, fixed, base.shape)
     lora_a, lora_b = map(stack, zip(*map(factors, pieces), strict=True))
     settings = {"axes": axes, "scale": scale, "dropout": adapter.dropout, "layers": stack.layers}
     if not adapter.is_dora:
@@ -122,66 +115,10 @@ def _is_turned(piece: Piece, tree: Tree) -> bool | None:
     return None if experts else bool(tree.adapter.conv1d)
 
 
-def _fixed(path: str, pieces: list[Piece]) -> tuple[int, ...]:
-    """The axes on which the parts of a leaf are."""
-    found = {tuple(axis for axis, at in enumerate(p.slot.index) if at is not None) for p in pieces}
-    if len(found) > 1:
-        raise ValueError(f"peft.load: the map takes {path} apart in two ways, on axes {' and '.join(map(str, found))}")
-    return found.pop()
-
-
 def _axes(words: Words, fixed: tuple[int, ...], ndim: int) -> Axes:
     left = [axis for axis in range(ndim) if axis not in fixed]
     of = lambda word: tuple(axis for axis, w in zip(left, words, strict=True) if w == word)
     return Axes(of("in"), of("out"), (*fixed, *of("batch")))
-
-
-def _padded(x: np.ndarray, rank: int, axis: int) -> np.ndarray:
-    widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)]
-    return np.pad(x, widths) if x.shape[axis] < rank else x
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stack:
-    """Puts arrays at their places on stacked axes, which come first; zero where there is none.
-
-    Args:
-      path: of the leaf.
-      places: of the arrays.
-      sizes: of the stacked axes.
-      layers: which places there are on the first of them; None: all.
-    """
-
-    path: str
-    places: list[tuple[int, ...]]
-    sizes: tuple[int, ...]
-    layers: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, path: str, pieces: list[Piece], fixed: tuple[int, ...], shape: Sequence[int]) -> _Stack:
-        places: Any = [tuple(piece.slot.index[axis] for axis in fixed) for piece in pieces]
-        sizes = [shape[axis] for axis in fixed]
-        there = sorted({place[0] for place in places if place})
-        layers = None if not fixed or len(there) == sizes[0] else tuple(there)
-        if layers is not None:
-            sizes[0] = len(layers)
-        return cls(path, places, tuple(sizes), layers)
-
-    def __call__(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        if not self.sizes:
-            return arrays[0]
-        stacked = np.zeros((*self.sizes, *arrays[0].shape), np.float32)
-        for array, (first, *rest) in zip(arrays, self.places, strict=True):
-            stacked[(first if self.layers is None else self.layers.index(first), *rest)] = array
-        return stacked
-
-    def whole(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """The same of arrays that can't be zero."""
-        if len({*self.places}) < math.prod(self.sizes):
-            raise ValueError(
-                f"peft.load: DoRA's magnitudes are there for some parts of {self.path}, and not for others"
-            )
-        return self(arrays)
 
 
 def _check_alike(path: str, pieces: list[Piece], init: str) -> None:

@@ -20,7 +20,7 @@ from jlora.peft.layout import Part
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, Slot, leaf_shapes, slots_of
 from jlora.peft.parts import parameter_of, torch_array
-from jlora.tree import has_nodes
+from jlora.tree import has_nodes, partition
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam
 from jlora.variants.tokens import TokensParam
@@ -98,6 +98,8 @@ def _updates(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Ite
 
 def _fields(path: str, node: Any) -> dict[str, Any]:
     """The arrays of a node as those of plain LoRA or DoRA, and its scale."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(partition({path: node})[0])):
+        raise ValueError(f"peft.save: the factors of {path} are abstract: there are no values to save")
     if not isinstance(node, (LoraParam, DoraParam)):
         node = plain("peft.save", path, node)
     lora_a, lora_b = from_start(node)

@@ -61,29 +61,30 @@ def _decoder(entries: Iterable[Entry]) -> list[Entry]:
     ]
 
 
-def _maxtext(
-    attention: Mapping[str, Layout], mlp: Iterable[Entry], norms: tuple[str, ...] = ("layer_norm",)
-) -> list[Entry]:
-    """MaxText's decoder: numbered layers, or layers stacked on the second axis."""
+def _maxtext(attention: Mapping[str, Layout], mlp: Iterable[Entry], norms: bool = True) -> list[Entry]:
+    """MaxText's decoder: numbered layers, or layers stacked on the second axis.
+
+    Gemma's norms are left out, since their scales are PyTorch's plus one there.
+    """
     layer: list[Entry] = [
         ("self_attn.q_proj", "self_attention/query/kernel", attention["query"]),
         ("self_attn.k_proj", "self_attention/key/kernel", attention["key"]),
         ("self_attn.v_proj", "self_attention/value/kernel", OUT_HEADS),
         ("self_attn.o_proj", "self_attention/out/kernel", IN_HEADS),
-        ("self_attn.q_norm", "self_attention/query_norm/scale"),
-        ("self_attn.k_norm", "self_attention/key_norm/scale"),
         *mlp,
     ]
-    for norm in norms:
+    if norms:
         layer += [
-            ("input_layernorm", f"pre_self_attention_{norm}/scale"),
-            ("post_attention_layernorm", f"post_self_attention_{norm}/scale"),
+            ("self_attn.q_norm", "self_attention/query_norm/scale"),
+            ("self_attn.k_norm", "self_attention/key_norm/scale"),
+            ("input_layernorm", "pre_self_attention_layer_norm/scale"),
+            ("post_attention_layernorm", "post_self_attention_layer_norm/scale"),
         ]
     return [
         *_within("model.layers.{i}.", "decoder/layers_{i}/", layer),
         *_within("model.layers.{i}.", "decoder/layers/", layer, "[:, {i}]"),
         ("lm_head", "decoder/logits_dense/kernel"),
-        ("model.norm", "decoder/decoder_norm/scale"),
+        *([("model.norm", "decoder/decoder_norm/scale")] if norms else []),
     ]
 
 
@@ -275,9 +276,9 @@ NAMES: dict[str, list[Entry]] = {
     "maxtext-mixtral": [_MAXTEXT_TABLE, *_maxtext(_SCALED, _maxtext_experts("MoeBlock_0"))],
     "maxtext-qwen": [_MAXTEXT_TABLE, *_maxtext(_PLAIN, _MAXTEXT_MLP)],
     "maxtext-qwen3-moe": [_MAXTEXT_TABLE, *_maxtext(_PLAIN, _maxtext_experts("moe_block"))],
-    "maxtext-gemma": [_MAXTEXT_GEMMA_TABLE, *_maxtext(_SCALED, _MAXTEXT_MLP, ())],
+    "maxtext-gemma": [_MAXTEXT_GEMMA_TABLE, *_maxtext(_SCALED, _MAXTEXT_MLP, False)],
     "maxtext-gemma2": _maxtext_gemma2(),
-    "maxtext-gemma3": [_MAXTEXT_GEMMA_TABLE, *_maxtext(_PLAIN, _MAXTEXT_MLP, ())],
+    "maxtext-gemma3": [_MAXTEXT_GEMMA_TABLE, *_maxtext(_PLAIN, _MAXTEXT_MLP, False)],
     "tunix": _TUNIX,
     "tunix-gemma": _gemma(_TUNIX_LAYER[6:9], "layers/{i}/"),
 }

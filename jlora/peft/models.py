@@ -16,15 +16,16 @@ import numpy as np
 from jlora.nodes import is_node
 from jlora.paths import flatten
 from jlora.peft import layout
-from jlora.peft.build import Piece, of_leaf
+from jlora.peft.build import of_leaf
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, leaf_shapes, slots_of
 from jlora.peft.parts import merged_part, parameter_of, shape_of
+from jlora.peft.stack import Piece
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+_OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def to_safetensors(
@@ -43,7 +44,7 @@ def to_safetensors(
       tree: parameters, plain or wrapped.
       directory: for the files; each appears whole or not at all, the index last.
       names: from PyTorch's names to the tree's, as of `jlora.peft.load`.
-      dtype: of the weights; None keeps each leaf's.
+      dtype: of the floating weights; None keeps each leaf's.
       shard_bytes: the largest size of a file, unless one tensor is larger.
 
     Raises:
@@ -63,11 +64,14 @@ def to_safetensors(
     for name, found in slots.items():
         parameter = parameter_of(name, found[0])
         ordered = sorted(found, key=lambda slot: slot.part or (0, 1))
+        if ordered[0].part is not None and len(ordered) != ordered[0].part[1]:
+            raise ValueError(f"peft.to_safetensors: of {parameter} the tree has {len(ordered)} of its parts only")
         shapes = [shape_of(name, slot, by_path[slot.path]) for slot in ordered]
-        axis = layout.out_axis(len(shapes[0]))
-        shape = list(shapes[0])
-        shape[axis] = sum(each[axis] for each in shapes)
-        infos[parameter] = TensorInfo(tuple(shape), kind or np.dtype(by_path[ordered[0].path].dtype))
+        axis, shape = layout.out_axis(len(shapes[0])), list(shapes[0])
+        if len(shapes) > 1:
+            shape[axis] = sum(each[axis] for each in shapes)
+        own = np.dtype(by_path[ordered[0].path].dtype)
+        infos[parameter] = TensorInfo(tuple(shape), own if kind is None or own.kind in "iub" else kind)
         places[parameter] = (name, ordered, axis)
 
     def get(parameter: str) -> np.ndarray:
@@ -86,6 +90,7 @@ def write_model(
     shards = list(_shards(infos, shard_bytes))
     if len(shards) == 1:
         write_tensors(directory / SINGLE, infos, get, {"format": "pt"})
+        _remove(directory, {SINGLE})
         return
     named = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, shard in zip(named, shards, strict=True):
@@ -93,6 +98,14 @@ def write_model(
     total = sum(info.nbytes for info in infos.values())
     files = {name: file for file, shard in zip(named, shards, strict=True) for name in shard}
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    _remove(directory, {INDEX, *named})
+
+
+def _remove(directory: Path, kept: set[str]) -> None:
+    """Removes the files of another model that was here."""
+    for path in [directory / INDEX, *sorted(directory.glob("model*.safetensors"))]:
+        if path.name not in kept and _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _shards(infos: Mapping[str, TensorInfo], limit: int) -> Iterable[list[str]]:

@@ -121,9 +121,13 @@ def _check_single(name: str, slot: Slot, others: Sequence[Slot]) -> None:
 
 
 def _same(shapes: Shapes) -> dict[str, list[Slot]]:
-    native = lambda path: re.split("[/.]", path)[-1] not in FLAX
-    whole = lambda path, shape: Slot(path, (None,) * len(shape), is_native=native(path))
-    return {_named(path): [whole(path, shape)] for path, shape in shapes.items()}
+    found: dict[str, list[Slot]] = {}
+    for path, shape in shapes.items():
+        name, is_native = _named(path), re.split("[/.]", path)[-1] not in FLAX
+        if name in found:  # a second weight of a module goes by its own name
+            name, is_native = path.removeprefix("params/").replace("/", "."), True
+        found[name] = [Slot(path, (None,) * len(shape), is_native=is_native)]
+    return found
 
 
 def _named(path: str) -> str:
@@ -254,6 +258,7 @@ def shift(wanted: Iterable[str], known: Iterable[str]) -> Shift:
     ours = dict.fromkeys(head for name in known for head in _heads(name))
     theirs = dict.fromkeys(head for name in wanted for head in _heads(name))
     moves = [Shift(), *(Shift(theirs=head) for head in theirs), *(Shift(ours=head) for head in ours)]
+    moves += [Shift(head, other) for head in theirs for other in ours]
     return next((move for move in moves if {move(name) for name in wanted} <= known), Shift())
 
 

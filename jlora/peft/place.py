@@ -14,11 +14,12 @@ from jlora.nodes import AdaptedParam, is_node
 from jlora.paths import flatten, nearest
 from jlora.peft import build
 from jlora.peft.adapter import Adapter
-from jlora.peft.build import Piece, Tree
+from jlora.peft.build import Tree
 from jlora.peft.config import Config
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.read import HEAD
+from jlora.peft.stack import Piece
 from jlora.select import sites_of
 
 TABLES = ("embed_tokens", "wte")

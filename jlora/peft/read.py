@@ -39,7 +39,7 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
     _check_types(file)
     adapter = _adapter(file, config)
     if not allow_nonfinite:
-        _check_finite(file.path, adapter)
+        check_finite(file.path, adapter)
     return adapter
 
 
@@ -216,11 +216,12 @@ def _check_left(file: TensorFile, names: set[str], roles: dict[str, Roles]) -> N
             raise ValueError(f"{file.path} has {lone[0]!r}, but no factors of {name}")
 
 
-def _check_finite(path: Path, adapter: Adapter) -> None:
+def check_finite(where: object, adapter: Adapter) -> None:
+    """Refuses an adapter with values that are no numbers."""
     for name, array in adapter.arrays():
         if not are_finite(array):
             raise ValueError(
-                f"{path}: {name} has values that are NaN or infinite; the training that wrote it has failed. "
+                f"{where}: {name} has values that are NaN or infinite; the training has failed. "
                 "allow_nonfinite=True takes them as they are"
             )
 

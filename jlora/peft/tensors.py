@@ -25,6 +25,7 @@ DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
+MAX_HEADER = 16 << 20  # of some hundred thousand tensors
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -48,6 +49,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_header(path)
         try:
             with safe_open(path, framework="numpy") as checked:
                 names = set(checked.keys())
@@ -73,6 +75,13 @@ class TensorFile:
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
+
+
+def _check_header(path: Path) -> None:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"{path} is no whole safetensors file: its header would have {size} bytes, over {MAX_HEADER}")
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,10 +127,10 @@ def write_tensors(
     with replacing(path) as aside, aside.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, info in infos.items():
-            array = np.ascontiguousarray(get(name))
+            array = np.asarray(get(name))
             if TensorInfo(array.shape, array.dtype) != info:
                 raise ValueError(f"{name} was announced as {info}, found {array.shape} of {array.dtype}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         flush(file)
 
 
@@ -171,10 +180,9 @@ def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
         raise ValueError(f"{text} is no number of JSON")
 
     try:
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
+        if path.stat().st_size > limit:
             raise ValueError(f"it has over {limit} bytes")
+        text = path.read_bytes()
         data = json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: _unique(path, pairs))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file that can be trusted: {error}") from None

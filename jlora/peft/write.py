@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _settings(
         "bias": bias,
         "fan_in_fan_out": bool(adapter.conv1d),
         "init_lora_weights": True,
-        "target_modules": named(modules, [name for name, is_kernel in known.items() if is_kernel]),
+        "target_modules": _targets(modules, [name for name, is_kernel in known.items() if is_kernel]),
         "target_parameters": named(experts, experts, 2) or None,
         "exclude_modules": None,
         "modules_to_save": saved or None,
@@ -176,7 +176,20 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     for name, value in values.items():
         if value != default:
             groups[value].append(name)
-    return {re.escape(end): value for value, names in groups.items() for end in named(names, values)}
+    exact = lambda end: f"^{end}" if end in values and _is_end_of_others(end, values) else end
+    return {exact(end): value for value, names in groups.items() for end in named(names, values)}
+
+
+def _is_end_of_others(name: str, names: Iterable[str]) -> bool:
+    return any(other.endswith(f".{name}") for other in names)
+
+
+def _targets(wanted: Sequence[str], known: Iterable[str]) -> list[str] | str:
+    """``target_modules``: ends of names, or where one is the end of another that is not meant a regular expression."""
+    ends, others = named(wanted, known), {*known} - {*wanted}
+    if any(_is_end_of_others(end, others) for end in ends):
+        return "|".join(map(re.escape, sorted(wanted)))
+    return ends
 
 
 def _saved(

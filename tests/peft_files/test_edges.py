@@ -1,4 +1,4 @@
-"""What files and trees at the edge of the format must not do: each marked one is a fault that is known."""
+"""Files and trees at the edge of the format."""
 
 import dataclasses
 import json
@@ -13,7 +13,6 @@ import jlora
 from tests.peft_files.trees import adapted, assert_same, flat, lora, merged, nested, noise
 
 WEIGHT = noise(6, 4)
-fault = lambda reason: pytest.mark.xfail(strict=True, reason=reason)
 
 
 def rewritten(directory, **settings):
@@ -21,11 +20,10 @@ def rewritten(directory, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-@fault("the regex package builds a{1000000} element by element: 250 MB and 6 s; more digits, more of both")
 def test_a_regular_expression_of_a_large_count_is_refused_at_once(tmp_path):
     params = {"q_proj": {"weight": WEIGHT}}
     jlora.peft.save(tmp_path, {"q_proj": {"weight": lora(WEIGHT)}})
-    rewritten(tmp_path, target_modules=".*q_proj{100000}")
+    rewritten(tmp_path, target_modules=".*q_proj{200000}")
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):
@@ -35,7 +33,6 @@ def test_a_regular_expression_of_a_large_count_is_refused_at_once(tmp_path):
         tracemalloc.stop()
 
 
-@fault("MaxText's scales of Gemma's norms are PyTorch's plus one; the map takes decoder_norm as it is")
 @pytest.mark.parametrize("names", ["maxtext-gemma", "maxtext-gemma3"])
 def test_scales_of_gemmas_norms_are_shifted_by_one_or_refused(names, tmp_path):
     tree = {"decoder": {"decoder_norm": {"scale": jnp.ones(4)}}}  # in PyTorch 0
@@ -47,14 +44,12 @@ def test_scales_of_gemmas_norms_are_shifted_by_one_or_refused(names, tmp_path):
     np.testing.assert_array_equal(found, np.zeros(4))
 
 
-@fault("half of a module is written as the whole")
 def test_half_of_a_module_is_refused(tmp_path):
     names = [("gate_up[0/2]", "gate/kernel"), ("gate_up[1/2]", "up/kernel")]
     with pytest.raises(ValueError, match="gate_up"):
         jlora.peft.to_safetensors({"up": {"kernel": jnp.ones((4, 3))}}, tmp_path, names=names)
 
 
-@fault("dtype is that of integers too")
 def test_integers_keep_their_type(tmp_path):
     tree = {"ids": jnp.arange(1000), "a": {"weight": jnp.ones(3)}}
     jlora.peft.to_safetensors(tree, tmp_path, dtype="bfloat16")
@@ -62,24 +57,21 @@ def test_integers_keep_their_type(tmp_path):
     assert (found["ids"].dtype, found["a"]["weight"].dtype) == (jnp.int32, jnp.bfloat16)
 
 
-@fault("IndexError: a scalar has no axis of outputs")
 def test_a_scalar_is_a_tensor(tmp_path):
     jlora.peft.to_safetensors({"logit_scale": jnp.float32(3)}, tmp_path)
     assert jlora.peft.from_safetensors(tmp_path)["logit_scale"] == 3
 
 
-@fault("the index of the shards that were there stays, and is read before model.safetensors")
 @pytest.mark.parametrize("first, second", [(40, 1 << 30), (1 << 30, 40)], ids=["shards first", "one first"])
 def test_a_model_written_over_another_is_the_new_one(first, second, tmp_path):
     model = lambda value, n: {f"l{i}": {"weight": jnp.full(10, value)} for i in range(n)}
     jlora.peft.to_safetensors(model(1.0, 3), tmp_path, shard_bytes=first)
     jlora.peft.to_safetensors(model(2.0, 2), tmp_path, shard_bytes=second)
-    assert_same(merged(jlora.peft.from_safetensors(tmp_path)), merged(model(2.0, 2)))
+    assert_same(flat(jlora.peft.from_safetensors(tmp_path)), flat(model(2.0, 2)))
     one = (tmp_path / "model.safetensors").exists()
     assert one != (tmp_path / "model.safetensors.index.json").exists()  # Transformers reads the single file first
 
 
-@fault("TypeError of np.asarray: float() argument must be a string or a real number, not 'ShapeDtypeStruct'")
 def test_an_abstract_adapter_has_nothing_to_save(tmp_path):
     params = {"q_proj": {"weight": jax.ShapeDtypeStruct((6, 4), jnp.float32)}}
     axes = {"q_proj": jlora.Axes((1,), (0,))}
@@ -89,14 +81,12 @@ def test_an_abstract_adapter_has_nothing_to_save(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@fault("save writes NaN, which load refuses")
 def test_what_is_not_finite_is_not_written(tmp_path):
     node = lora(WEIGHT)
     with pytest.raises(ValueError, match="q_proj"):
         jlora.peft.save(tmp_path, {"q_proj": {"weight": dataclasses.replace(node, lora_a=node.lora_a * jnp.nan)}})
 
 
-@fault("a key of rank_pattern names every module whose name ends so; only ^ names one alone")
 def test_ranks_of_modules_whose_names_end_alike(tmp_path):
     ranks = {"a.q.weight": 3, "b.a.q.weight": 2, "c.q.weight": 2, "d.b.a.q.weight": 1}
     tree = nested({name: lora(noise(6, 4), rank) for name, rank in ranks.items()})
@@ -105,7 +95,6 @@ def test_ranks_of_modules_whose_names_end_alike(tmp_path):
     assert {name: node.rank for name, node in flat(again).items()} == ranks
 
 
-@fault("a target of a list names every module whose name ends so: PEFT would adapt b.a.q as well")
 def test_targets_whose_names_are_ends_of_others(tmp_path):
     tree = {"a": {"q": {"weight": lora(WEIGHT)}}, "b": {"a": {"q": {"weight": jnp.asarray(WEIGHT)}}}}
     jlora.peft.save(tmp_path, tree)

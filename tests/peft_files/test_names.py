@@ -253,7 +253,7 @@ def test_leaves_without_a_name_are_told(tmp_path):
 
 # -------------------------------------------------------------------------------- PyTorch's models
 
-LAYERS, HEADS, KV, HEAD, F, V, E = 3, 4, 2, 4, 10, 11, 3
+LAYERS, HEADS, KV, HEAD, F, V, E = 2, 4, 2, 4, 10, 11, 3
 EQUAL, OTHER = HEADS * HEAD, 12  # of the model's size: the size of all heads, or another
 
 

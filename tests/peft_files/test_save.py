@@ -77,10 +77,10 @@ def test_ranks_and_scales_that_differ_are_patterns(tmp_path):
     config = saved(tmp_path, tree)
     assert (config["r"], config["lora_alpha"]) == (3, 12)
     assert config["rank_pattern"] == {
-        r"layers\.0\.attn\.q_proj": 2, r"layers\.1\.attn\.q_proj": 2, r"layers\.2\.attn\.q_proj": 4
+        "layers.0.attn.q_proj": 2, "layers.1.attn.q_proj": 2, "layers.2.attn.q_proj": 4
     }  # fmt: skip
     assert config["alpha_pattern"] == {
-        r"layers\.0\.attn\.q_proj": 4, r"layers\.1\.attn\.q_proj": 4, r"layers\.2\.attn\.q_proj": 2
+        "layers.0.attn.q_proj": 4, "layers.1.attn.q_proj": 4, "layers.2.attn.q_proj": 2
     }  # fmt: skip
     again = jlora.peft.load(tmp_path, nested(STATE))
     assert_same(merged(again), merged(tree))
