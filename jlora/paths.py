@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,8 +24,9 @@ import regex
 _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE, "a": re.ASCII}
 MATCH_SECONDS = 1.0
 MAX_PATTERN = 2000
+MAX_COUNTS = 100_000  # a repetition is expanded when it is compiled, before any limit of time
 MODULE = "module:"
-_LARGE_COUNT = re.compile(r"\{[^}]*\d{4}")
+_COUNTS = re.compile(r"\{(?:\d*,)?0*([1-9]\d*)")
 _REGEX_ONLY = re.compile(r"[()|^$\\+]|\.\*|\[\^")
 
 Pattern = str | re.Pattern[str]
@@ -154,8 +156,10 @@ def _dotted(text: str) -> Matcher:
 
 
 def _fullmatch(text: str) -> Callable[[str], bool]:
-    if _LARGE_COUNT.search(text):
-        raise ValueError(f"{text[:200]!r} is no valid regular expression here: a count in braces is at most 999")
+    if math.prod(int(count[:9]) for count in _COUNTS.findall(text)) > MAX_COUNTS:
+        raise ValueError(
+            f"{text[:200]!r} is no valid regular expression here: its counts multiply to over {MAX_COUNTS}"
+        )
     try:
         compiled = regex.compile(text)
     except (regex.error, RecursionError) as error:

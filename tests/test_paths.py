@@ -203,7 +203,7 @@ def test_an_exponential_regex_is_given_up(pattern):
         matcher(pattern)("a" * 200)
 
 
-@pytest.mark.parametrize("text", ["re:(?:x{999}){99}", "a|" * 900 + "b"])
+@pytest.mark.parametrize("text", ["re:(?:x{900}){100}", "a|" * 900 + "b"])
 def test_a_large_regex_ends(text):
     with in_bounded_time():
         assert matcher(text)("c" * 200) is None
@@ -211,7 +211,7 @@ def test_a_large_regex_ends(text):
 
 @pytest.mark.parametrize("text", ["re:(?:x{1000}){1000}", "re:(?:a{0,5000}){0,5000}b"])
 def test_a_large_count_is_refused(text):
-    with in_bounded_time(), pytest.raises(ValueError, match="at most 999"):
+    with in_bounded_time(), pytest.raises(ValueError, match="counts multiply"):
         matcher(text)
 
 
