@@ -57,6 +57,8 @@ def save(directory: str | Path, tree: Any, *, overwrite: bool = False) -> None:
         raise TypeError("checkpoint.save takes a tree that jlora.wrap returned; no leaf of this one is wrapped")
     if directory.exists() and not overwrite:
         raise FileExistsError(f"{directory} is there already; give another directory, or overwrite=True")
+    if directory.exists() and any(directory.iterdir()) and not (directory / ABOUT).is_dir():
+        raise FileExistsError(f"{directory} is there and is no adapter that overwrite=True would replace; move it away")
     paths, leaves, _ = flatten(tree, is_node)
     nodes = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)}
     for path, node in nodes.items():
@@ -169,7 +171,7 @@ def _check_base(directory: Path, theirs: Mapping[str, Any], leaves: Mapping[str,
         if expected != found:
             raise ValueError(
                 f"checkpoint.load: the tree is not the one that {directory} was trained on: {path} has shape {found} "
-                f"here and {expected} there (None: it is not there)"
+                f"here and {expected} there (None: it is not there). Give the tree that was wrapped, not one around it"
             )
     if not values_too:
         return

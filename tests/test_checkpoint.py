@@ -124,6 +124,10 @@ def test_nothing_is_replaced_unasked(tmp_path):
         checkpoint.save(tmp_path / "adapter", trained(SPECS["dora"]))
     checkpoint.save(tmp_path / "adapter", trained(SPECS["dora"]), overwrite=True)
     assert_same(checkpoint.load(tmp_path / "adapter", PARAMS), trained(SPECS["dora"]))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="move it away"):
+        checkpoint.save(tmp_path / "mine", trained(SPECS["lora"]), overwrite=True)
     with pytest.raises(FileNotFoundError, match="no adapter that"):
         checkpoint.load(tmp_path, PARAMS)
     with pytest.raises(TypeError, match=r"jlora\.wrap"):

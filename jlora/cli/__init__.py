@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,8 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
         return given.run(given)
+    except BrokenPipeError:  # as in `jlora inspect adapter | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, ValueError, TypeError) as error:
-        print(f"jlora {given.command}: {error}", file=sys.stderr)
+        text = str(error).replace("allow_nonfinite=True", "--allow-nonfinite").replace("names=...", "--names")
+        print(f"jlora {given.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"jlora {given.command}: interrupted", file=sys.stderr)

@@ -14,11 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from jlora import checkpoint
-from jlora.cli.sources import adapter_of, checked_names
+from jlora.cli.sources import adapter_of, check_out, checked_names, is_orbax
 from jlora.peft.collect import Collected
 from jlora.peft.models import files_of, nested
 from jlora.peft.place import place
 from jlora.peft.portable import portable
+from jlora.peft.read import CONFIG
 from jlora.peft.write import write
 
 
@@ -35,8 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Writes the adapter."""
-    if given.out.exists() and not given.force:
-        raise FileExistsError(f"{given.out} is there already; --force replaces it")
+    marks = (checkpoint.ABOUT,) if given.to == "orbax" else (CONFIG,)
+    check_out(given.out, (given.source,), given.force, marks)
+    if given.base is not None and given.to != "orbax":
+        raise ValueError(f"--base is for --to orbax; --to {given.to} needs none")
+    if given.names is not None and not is_orbax(given.source):
+        raise ValueError("--names is for an Orbax adapter; PEFT's have PyTorch's names")
     collected = adapter_of(given.source, checked_names(given.names))
     if given.to == "orbax":
         _to_orbax(given, collected)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora import checkpoint
-from jlora.cli.sources import adapter_of, is_orbax
+from jlora.cli.sources import adapter_of, checked_names, is_orbax
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.portable import portable
 from jlora.peft.tensors import are_finite
@@ -27,15 +27,16 @@ from jlora.peft.write import within
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("directory", type=Path, help="an adapter, of PEFT's or of Orbax's")
+    parser.add_argument("--names", help="map of an Orbax adapter's paths to PyTorch's names, such as llama")
     parser.add_argument("--json", action="store_true", help="print JSON, with every module")
 
 
 def run(given: argparse.Namespace) -> int:
     """Prints the tables."""
     try:
-        collected = adapter_of(given.directory, allow_nonfinite=True)
+        collected = adapter_of(given.directory, checked_names(given.names), allow_nonfinite=True)
     except ValueError:
-        if not is_orbax(given.directory):
+        if given.names is not None or not is_orbax(given.directory):
             raise
         return _run_other(given)
     adapter = collected.adapter

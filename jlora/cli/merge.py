@@ -22,9 +22,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jlora.cli.sources import check_out, is_orbax
 from jlora.nodes import is_node
 from jlora.peft.build import onto
-from jlora.peft.models import files_of
+from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.place import place
 from jlora.peft.read import CONFIG, WEIGHTS, read
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
@@ -47,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Writes the merged model."""
-    if given.out.exists() and not given.force:
-        raise FileExistsError(f"{given.out} is there already; --force replaces it")
+    check_out(given.out, (given.base, given.adapter), given.force, (SINGLE, INDEX))
+    if is_orbax(given.adapter):
+        raise ValueError(f"{given.adapter} is an Orbax adapter; make PEFT's files of it: jlora convert ... --to peft")
     files = files_of(given.base)
     adapter = read(given.adapter, allow_nonfinite=given.allow_nonfinite)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for file in files.values() for name, x in file.infos.items()}
@@ -78,7 +80,9 @@ def _identity(given: argparse.Namespace, files: Mapping[str, TensorFile]) -> dic
 
 
 def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
-    if partial.exists() and (not (partial / MARK).is_file() or read_json(partial / MARK) != identity):
+    if partial.exists() and not (partial / MARK).is_file():
+        raise FileExistsError(f"{partial} is there and is no merge that was begun; move it away")
+    if partial.exists() and read_json(partial / MARK) != identity:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / MARK, identity)
@@ -129,6 +133,10 @@ def _finish(given: argparse.Namespace, partial: Path) -> None:
         for path in sorted(given.base.iterdir()):
             if path.is_file() and path.suffix in OTHERS and path.name != MARK:
                 shutil.copyfile(path, partial / path.name)
+    if given.dtype is not None and (partial / "config.json").is_file():
+        settings = read_json(partial / "config.json")
+        told = {name: given.dtype for name in ("dtype", "torch_dtype") if name in settings}
+        write_json(partial / "config.json", settings | told)
     (partial / MARK).unlink()
     if given.out.exists():
         old = given.out.with_name(given.out.name + ".old")

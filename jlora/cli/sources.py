@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from jlora import checkpoint
@@ -31,6 +32,27 @@ def adapter_of(directory: Path, names: str | None = None, allow_nonfinite: bool 
     adapter = read(directory, allow_nonfinite=allow_nonfinite)
     known = dict.fromkeys(adapter.updates, True) | {name: name.endswith(".weight") for name in adapter.full}
     return Collected(adapter, known, {})
+
+
+def check_out(out: Path, inputs: Iterable[Path], force: bool, marks: Iterable[str]) -> None:
+    """Refuses a place for the result that holds an input, lies in one, or has something else than such a result.
+
+    Args:
+      out: the place.
+      inputs: what is read.
+      force: whether an earlier result may be replaced.
+      marks: names of which an earlier result has one.
+    """
+    for path in inputs:
+        ours, theirs = out.resolve(), path.resolve()
+        if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+            raise ValueError(f"{out} can't hold the result: {path}, which is read, is in the same place")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise FileExistsError(f"{out} is there already; --force replaces it")
+    if out.is_symlink() or not out.is_dir() or not any((out / mark).exists() for mark in marks):
+        raise FileExistsError(f"{out} is there and has no earlier result, which --force would replace; move it away")
 
 
 def checked_names(names: str | None) -> str | None:

@@ -62,6 +62,8 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
             f"peft.save: names has no name for {missing[0]}, which is adapted ({len(missing)} in all); add "
             f'("its.pytorch.name", {missing[0]!r})'
         )
+    if names is None:
+        _check_native(nodes, places)
     of = lambda kind: {path: node for path, node in nodes.items() if isinstance(node, kind)}
     full = dict(_full(of(TrainableParam), places))
     others = (TrainableParam, LoraBiasParam, TokensParam)
@@ -73,6 +75,17 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
     adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned))
     known = {name: _is_kernel(by_path[found[0].path], found[0]) for name, found in slots.items()}
     return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)))
+
+
+def _check_native(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> None:
+    """Refuses a tree that can't have PyTorch's names, since it stacks kernels that PyTorch has one by one."""
+    for path, node in nodes.items():
+        if getattr(node, "axes", None) is not None and node.axes.batch_axis and not places[path][0][1].is_native:
+            raise ValueError(
+                f"peft.save: {path} of shape {tuple(node.shape)} stacks kernels, which PyTorch has one by one; say "
+                'their names: names="llama", another of jlora.peft.NAMES, or a list of pairs such as ("model.layers.'
+                '{i}.self_attn.q_proj", "layers/attn/query/kernel[{i}]")'
+            )
 
 
 def _is_kernel(leaf: Any, slot: Slot) -> bool:

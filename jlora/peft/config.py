@@ -50,9 +50,20 @@ class Config:
     @cached_property
     def spec(self) -> LoraSpec:
         """The settings as those of a `jlora.LoraSpec`, but for the start of the factors."""
-        kept = {k: v for k, v in self.data.items() if k not in (*_START_SETTINGS, *_REPLACED)}
+        # what a later PEFT adds and leaves switched off changes nothing
+        is_off = lambda name, value: (
+            name not in ("r", "lora_alpha") and (value is None or value is False or value == {})
+        )
+        known = (*_START_SETTINGS, *_REPLACED)
+        kept = {name: x for name, x in self.data.items() if name not in known and not is_off(name, x)}
         targets = self.data.get("target_modules") or self.data.get("target_parameters") or self._others()
-        spec = LoraSpec.from_peft(kept | ({} if targets else {"target_modules": ["."]}))
+        try:
+            spec = LoraSpec.from_peft(kept | ({} if targets else {"target_modules": ["."]}))
+        except ValueError as error:
+            told = str(error).split(" can't be honoured: ")
+            if len(told) == 1:
+                raise
+            raise ValueError(f"{told[0]} can't be honoured here; merge the adapter in PEFT, into its base") from None
         patterns = [self.data.get(name) or {} for name in _REPLACED]
         if not all(isinstance(pattern, Mapping) for pattern in patterns):
             raise ValueError("rank_pattern and alpha_pattern must map patterns of modules' names to numbers")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.interpret.sites import Site
 from jlora.nodes import is_node
 from jlora.paths import flatten
 from jlora.peft import layout
@@ -22,6 +23,7 @@ from jlora.peft.names import Entry, leaf_shapes, slots_of
 from jlora.peft.parts import merged_part, parameter_of, shape_of
 from jlora.peft.stack import Piece
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
+from jlora.select import sites_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -33,10 +35,11 @@ def to_safetensors(
     directory: str | Path,
     *,
     names: str | Sequence[Entry] | None = None,
+    sites: Mapping[str, Site] | None = None,
     dtype: Any = None,
     shard_bytes: int = 5 * 1024**3,
 ) -> None:
-    """Writes a model as ``model.safetensors``, or as shards with an index, its adapters merged on the way.
+    """Writes a model's weights as ``model.safetensors``, or as shards with an index, adapters merged on the way.
 
     One tensor at a time is taken from the device, merged and written, so that a model may be larger than the memory.
 
@@ -44,6 +47,7 @@ def to_safetensors(
       tree: parameters, plain or wrapped.
       directory: for the files; each appears whole or not at all, the index last.
       names: from PyTorch's names to the tree's, as of `jlora.peft.load`.
+      sites: what `jlora.sites` found, for plain kernels of many axes, of which neither map nor node tells the parts.
       dtype: of the floating weights; None keeps each leaf's.
       shard_bytes: the largest size of a file, unless one tensor is larger.
 
@@ -53,6 +57,8 @@ def to_safetensors(
     paths, leaves, _ = flatten(tree, is_node)
     by_path = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")}
     batch = {path: leaf.axes.batch_axis for path, leaf in by_path.items() if is_node(leaf) and hasattr(leaf, "axes")}
+    found_axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
+    batch |= {path: axes.batch_axis for path, axes in found_axes.items() if path not in batch}
     stacked = {path: axes[0] for path, axes in batch.items() if axes}
     slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
     named = {slot.path for places in slots.values() for slot in places}
@@ -66,7 +72,7 @@ def to_safetensors(
         ordered = sorted(found, key=lambda slot: slot.part or (0, 1))
         if ordered[0].part is not None and len(ordered) != ordered[0].part[1]:
             raise ValueError(f"peft.to_safetensors: of {parameter} the tree has {len(ordered)} of its parts only")
-        shapes = [shape_of(name, slot, by_path[slot.path]) for slot in ordered]
+        shapes = [shape_of(name, slot, by_path[slot.path], found_axes.get(slot.path)) for slot in ordered]
         axis, shape = layout.out_axis(len(shapes[0])), list(shapes[0])
         if len(shapes) > 1:
             shape[axis] = sum(each[axis] for each in shapes)
@@ -76,7 +82,7 @@ def to_safetensors(
 
     def get(parameter: str) -> np.ndarray:
         name, found, axis = places[parameter]
-        arrays = [merged_part(name, slot, by_path[slot.path]) for slot in found]
+        arrays = [merged_part(name, slot, by_path[slot.path], found_axes.get(slot.path)) for slot in found]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
         return array.astype(infos[parameter].dtype)
 
@@ -132,11 +138,14 @@ def files_of(directory: str | Path) -> dict[str, TensorFile]:
         return {directory.name: TensorFile(directory)}
     if not (directory / INDEX).is_file():
         if not (directory / SINGLE).is_file():
-            raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}")
+            pickled = "; its pickle pytorch_model.bin is not read" if (directory / "pytorch_model.bin").exists() else ""
+            raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{pickled}")
         return {SINGLE: TensorFile(directory / SINGLE)}
     weights = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(x, str) and _SHARD.fullmatch(x) for x in weights.values()):
         raise ValueError(f"{directory / INDEX} must map names of tensors to names of files beside it")
+    if gone := sorted(name for name in {*weights.values()} if not (directory / name).is_file()):
+        raise FileNotFoundError(f"{directory / INDEX} names {gone[0]}, which is not there")
     files = {name: TensorFile(directory / name) for name in sorted({*weights.values()})}
     if lost := [name for name, file in weights.items() if name not in files[file].infos]:
         raise ValueError(f"{directory / INDEX} has {lost[0]} in {weights[lost[0]]}, which does not have it")
@@ -187,7 +196,10 @@ def from_safetensors(
         for name, slot in places[path]:
             parameter = parameter_of(name, slot)
             if parameter not in where:
-                raise ValueError(f"peft.from_safetensors: {directory} has no {parameter}, which is {path}")
+                raise ValueError(
+                    f"peft.from_safetensors: {directory} has no {parameter}, which {path} is by its name"
+                    + ("; a tree with other names than PyTorch's needs names=..." if names is None else " in the map")
+                )
             array = layout.part_of(where[parameter][parameter], slot)
             part = of_leaf(Piece(name, slot, None), array, leaf)
             place = tuple(slice(None) if at is None else at for at in slot.index)

@@ -108,8 +108,8 @@ def slots_of(
                 found[name].append(slot)
     if not found:
         raise ValueError(
-            f"names: no path of the map is one of the tree's, which are such as {sorted(shapes)[:3]}; the map's are "
-            f"such as {[entry[1] for entry in names][:3]}"
+            f"names: no path of the map is one of the tree's, which are such as {sorted(shapes)[:3]}; write a list "
+            'of pairs such as ("model.layers.{i}.self_attn.q_proj", "layers_{i}/attn/query/kernel")'
         )
     return dict(found)
 

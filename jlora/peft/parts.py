@@ -41,11 +41,11 @@ def torch_array(name: str, slot: Slot, leaf: Any) -> np.ndarray:
     return _as_torch(name, slot, np.asarray(leaf[place_of(slot)] if slot.index else leaf), None)
 
 
-def merged_part(name: str, slot: Slot, leaf: Any) -> np.ndarray:
+def merged_part(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> np.ndarray:
     """A part of a leaf, plain or adapted, as PyTorch's parameter, its adapter merged; no other part is computed."""
+    axes = getattr(leaf, "axes", axes)
     if not is_node(leaf):
-        return torch_array(name, slot, leaf)
-    axes = getattr(leaf, "axes", None)
+        return _as_torch(name, slot, np.asarray(leaf[place_of(slot)] if slot.index else leaf), axes)
     fixed = [axis for axis, at in enumerate(slot.index) if at is not None]
     if not fixed:
         whole = merge({slot.path: leaf})[slot.path]
@@ -96,17 +96,17 @@ def _words(name: str, slot: Slot, ndim: int, axes: Axes | None) -> Words:
     if ndim in (2, 4):
         return ("in",) * (ndim - 1) + ("out",)
     raise ValueError(
-        f"peft: the axes of {slot.path}, {name} in PyTorch, are not known; say them in the map: "
-        f'({name!r}, {slot.path!r}, jlora.peft.Layout("in out out"))'
+        f"peft: the axes of {slot.path}, {name} in PyTorch, are not known: give sites=jlora.sites(fn, params, *args), "
+        'or a third to its entry in the map, such as jlora.peft.Layout("in out out")'
     )
 
 
-def shape_of(name: str, slot: Slot, leaf: Any) -> tuple[int, ...]:
+def shape_of(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> tuple[int, ...]:
     """The shape of a part of a leaf as PyTorch's parameter."""
     sizes = tuple(n for n, at in zip(leaf.shape, slot.index, strict=True) if at is None)
     if slot.is_native:
         return sizes
-    words = _words(name, slot, len(sizes), getattr(leaf, "axes", None))
+    words = _words(name, slot, len(sizes), getattr(leaf, "axes", axes))
     part = Part(words, sizes, slot.layout)
     ins, outs = part.of("in"), part.of("out")
     if {*words} <= {"out"}:

@@ -42,7 +42,7 @@ def place(
     slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
     moved = shift([name for name in _named(adapter) if name != HEAD], slots)
     adapter = _untied(_moved(adapter, moved), slots)
-    _check_names(adapter, slots)
+    _check_names(adapter, slots, names is not None)
     _check_complete(adapter, slots, moved)
     tree = Tree(by_path, axes, adapter)
     nodes = _nodes(tree, slots)
@@ -89,15 +89,19 @@ def _untied(adapter: Adapter, slots: Slots) -> Adapter:
     return dataclasses.replace(adapter, **{field: rest(getattr(adapter, field)) for field in fields})
 
 
-def _check_names(adapter: Adapter, slots: Slots) -> None:
+def _check_names(adapter: Adapter, slots: Slots, has_map: bool) -> None:
     if missing := [name for name in _named(adapter) if name not in slots]:
         near = nearest(missing[0].replace(".", "/"), [name.replace(".", "/") + "/weight" for name in slots])
-        shown = ", ".join(name.removesuffix("/weight").replace("/", ".") for name in near)
+        shown = ", ".join(dict.fromkeys(name.removesuffix("/weight").replace("/", ".") for name in near))
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = (
+            "Either the tree is of another model, or the map's entry for it has a path that is no leaf's"
+            if has_map
+            else "Either it is of another model, or it has other names than PyTorch's: give names=..., a list of pairs "
+            'such as ("model.layers.{i}.self_attn.q_proj", "layers_{i}/attn/query/kernel"), or one of jlora.peft.NAMES'
+        )
         raise ValueError(
-            f"peft.load: the adapter has {missing[0]}{others}, which the tree does not have. Nearest: {shown}. A tree "
-            "with other names than PyTorch's is read with names=..., a list of pairs such as (\"model.layers.{i}."
-            'self_attn.q_proj", "layers_{i}/attn/query/kernel"), or one of jlora.peft.NAMES'
+            f"peft.load: the adapter has {missing[0]}{others}, which the tree does not have. Nearest: {shown}. {hint}"
         )
 
 
@@ -120,7 +124,8 @@ def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
         )
         if (is_whole or is_table or is_adapted or (is_bias and beside)) and name not in done:
             raise ValueError(
-                f"peft.load: the adapter's settings name {theirs}, but its file has nothing of it: it is not whole"
+                f"peft.load: the adapter's settings name {theirs}, but its file has nothing of it: it is not "
+                "whole, or the tree is of a model with more layers"
             )
 
 

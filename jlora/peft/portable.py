@@ -17,10 +17,10 @@ from jlora.peft.collect import Collected
 from jlora.peft.write import tied_table, within
 from jlora.tree import merge
 
-WAYS = (
-    "write the merged model, jlora.peft.to_safetensors(tree, directory); or approximate the update, "
-    "jlora.peft.low_rank(tree, rank), which tells the error; or save without portable=True, for PEFT itself"
-)
+MERGED = "Write the merged model, jlora.peft.to_safetensors(tree, directory) or jlora merge"
+NEAREST = "; or the nearest plain update, jlora.peft.low_rank(tree, rank), which tells its error"
+DORA = "DoRA's magnitudes"
+ITSELF = "; or save without portable=True, for PEFT itself"
 
 
 def portable(collected: Collected) -> Collected:
@@ -43,7 +43,7 @@ def portable(collected: Collected) -> Collected:
 
 def _check(adapter: Adapter, known: Mapping[str, bool]) -> None:
     faults: dict[str, Any] = {
-        "DoRA's magnitudes": [name for name, update in adapter.updates.items() if update.magnitude is not None],
+        DORA: [name for name, update in adapter.updates.items() if update.magnitude is not None],
         "biases of updates": [name for name, update in adapter.updates.items() if update.bias is not None],
         "updates of convolutions or stacked experts": [
             name for name, update in adapter.updates.items() if update.kind not in (LINEAR, EMBEDDING)
@@ -54,9 +54,10 @@ def _check(adapter: Adapter, known: Mapping[str, bool]) -> None:
     }
     for what, names in faults.items():
         if names:
+            nearest = NEAREST if what == DORA else ""
             raise ValueError(
                 f"peft.save: portable=True writes plain LoRA, which vLLM, SGLang and llama.cpp read; this adapter has "
-                f"{what}, at {names[0]}. {WAYS[0].upper()}{WAYS[1:]}"
+                f"{what}, at {names[0]}. {MERGED}{nearest}{ITSELF}"
             )
     if not adapter.updates:
         raise ValueError("peft.save: the tree has no low-rank updates")

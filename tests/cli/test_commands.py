@@ -137,6 +137,21 @@ def test_a_merge_of_another_adapter_starts_anew(home, monkeypatch):
     )
 
 
+def test_merge_leaves_what_is_not_its_own(home, capsys):
+    (home / "out.partial").mkdir()
+    (home / "out.partial" / "notes.txt").write_text("mine")
+    assert main(["merge", "base", "lora", "out"]) == 2
+    assert (home / "out.partial" / "notes.txt").read_text() == "mine"
+    assert main(["merge", "base", "lora", "other"]) == main(["merge", "base", "dora", "other", "--force"]) == 0
+
+
+def test_merge_tells_the_type_in_the_settings(home):
+    (home / "base" / "config.json").write_text(json.dumps({"torch_dtype": "float32", "layers": 3}))
+    assert main(["merge", "base", "lora", "out", "--dtype", "bfloat16"]) == 0
+    settings = json.loads((home / "out" / "config.json").read_text())
+    assert settings == {"torch_dtype": "bfloat16", "layers": 3}
+
+
 def test_merge_holds_one_tensor_at_a_time(home, monkeypatch):
     sizes = []
     real = TensorFile.__getitem__
@@ -177,7 +192,14 @@ def test_diff_tells_what_differs(home, capsys):
     [
         (["inspect", "nowhere"], "nowhere is no directory"),
         (["inspect", "base"], "neither adapter_config.json nor"),
-        (["merge", "base", "lora", "lora"], "--force"),
+        (["merge", "base", "lora", "some"], "--force"),
+        (["merge", "base", "lora", "some", "--force"], "no earlier result"),
+        (["merge", "base", "lora", "lora", "--force"], "in the same place"),
+        (["merge", "base", "lora", ".", "--force"], "in the same place"),
+        (["merge", "base", "lora", "base/out"], "in the same place"),
+        (["merge", "base", "orbax", "out"], "convert"),
+        (["convert", "lora", "base", "--to", "orbax", "--base", "base", "--force"], "no earlier result"),
+        (["convert", "lora", "out", "--to", "peft", "--names", "llama"], "for an Orbax adapter"),
         (["merge", "lora", "lora", "out"], "has no model.safetensors"),
         (["convert", "dora", "out", "--to", "portable"], "to_safetensors"),
         (["convert", "lora", "out", "--to", "orbax"], "needs --base"),

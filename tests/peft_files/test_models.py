@@ -132,3 +132,16 @@ def test_what_is_missing_is_named(tmp_path):
         from_safetensors(tmp_path, like=wide, names=NAMES)
     with pytest.raises(ValueError, match="no name for layers/attention"):
         to_safetensors(STACKED, tmp_path, names=NAMES[1:])
+
+
+def test_a_plain_tree_is_written_with_the_axes_of_sites(tmp_path):
+    fn = lambda p, x: jnp.einsum("bd,dnh->bnh", x, p["mixer"]["q"]["kernel"]) @ p["mixer"]["o"]["kernel"]
+    params = {"mixer": {"q": {"kernel": jnp.asarray(noise(4, 2, 3))}, "o": {"kernel": jnp.asarray(noise(3, 5))}}}
+    names = [("q_proj", "mixer/q/kernel"), ("o_proj", "mixer/o/kernel")]
+    with pytest.raises(ValueError, match=r"axes of mixer/q/kernel.*sites=jlora\.sites"):
+        to_safetensors(params, tmp_path, names=names)
+    to_safetensors(params, tmp_path, names=names, sites=jlora.sites(fn, params, jnp.ones((2, 4))))
+    expected = params["mixer"]["q"]["kernel"].reshape(4, 6).T
+    np.testing.assert_array_equal(state_of(tmp_path)["q_proj.weight"], expected)
+    again = from_safetensors(tmp_path, like=params, names=names)
+    assert_same(flat(again), flat(params))

@@ -121,6 +121,13 @@ def test_what_is_not_wrapped_or_has_no_name_is_refused(tmp_path):
         jlora.peft.save(tmp_path, tree, names="lama")
 
 
+def test_a_flax_stack_needs_names(tmp_path):
+    params = {"layers": {"q": {"kernel": jnp.ones((3, 8, 8))}}}
+    tree = jlora.wrap(params, jlora.LoraSpec(targets="q", rank=2, axes={"q": jlora.Axes(1, 2, 0)}))
+    with pytest.raises(ValueError, match=r"layers/q/kernel of shape \(3, 8, 8\) stacks kernels.*names="):
+        jlora.peft.save(tmp_path, tree)
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     first = wrapped(["q_proj"], rank=2)
     jlora.peft.save(tmp_path, first)
