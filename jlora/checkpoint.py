@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jlora import sharding
 from jlora.axes import Axes
@@ -34,7 +33,7 @@ def save(directory: str | Path, tree: Any, *, overwrite: bool = False) -> None:
 
     Args:
       directory: to be made; it appears whole or not at all.
-      tree: a wrapped tree; sharded arrays are written by the processes that hold them.
+      tree: a wrapped tree.
       overwrite: replace what is there.
 
     Raises:
@@ -69,8 +68,9 @@ def save(directory: str | Path, tree: Any, *, overwrite: bool = False) -> None:
         "base": {path: _told(leaf) for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")},
     }
     arrays = {path: _arrays(node) for path, node in nodes.items()}
+    ocp: Any = _orbax()
     with _checkpointer() as checkpointer:
-        items = {ADAPTER: ocp.args.StandardSave(arrays), ABOUT: ocp.args.JsonSave(about)}  # type: ignore[call-arg]
+        items = {ADAPTER: ocp.args.StandardSave(arrays), ABOUT: ocp.args.JsonSave(about)}
         checkpointer.save(directory, args=ocp.args.Composite(**items), force=overwrite)
 
 
@@ -118,6 +118,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory).absolute()
     if not (directory / ABOUT).is_dir() or not (directory / ADAPTER).is_dir():
         raise FileNotFoundError(f"{directory} is no adapter that jlora.checkpoint.save has written")
+    ocp = _orbax()
     with _checkpointer() as checkpointer:
         about = checkpointer.restore(directory, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
     if about.get("format") != FORMAT:
@@ -131,8 +132,9 @@ def _nodes(
     classes = {cls.__name__: cls for cls in (*_CLASSES, *variants)}
     empty = {path: _node(path, told, classes) for path, told in about["nodes"].items()}
     targets = {path: _targets(node, bases[path], about["nodes"][path]["arrays"]) for path, node in empty.items()}
+    ocp = _orbax()
     with _checkpointer() as checkpointer:
-        item = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(targets)})  # type: ignore[call-arg]
+        item = ocp.args.Composite(**{ADAPTER: ocp.args.StandardRestore(targets)})
         arrays = checkpointer.restore(directory, args=item)[ADAPTER]
     return {path: _filled(node, bases[path], arrays[path]) for path, node in empty.items()}
 
@@ -246,5 +248,13 @@ def _filled(node: Any, base: Any, arrays: Mapping[str, Any]) -> Any:
     return dataclasses.replace(node, **given)
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer() -> Any:
+    ocp = _orbax()
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _orbax() -> Any:
+    """Orbax, imported when it is used: it takes a fifth of the time of ``import jlora``."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint

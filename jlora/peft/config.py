@@ -90,13 +90,9 @@ class Config:
     def conv1d(self) -> bool:
         return bool(self.data.get("fan_in_fan_out"))
 
-    def rank(self, name: str) -> int:
-        """The rank of a module, by ``rank_pattern``."""
-        return self.spec.at(_leaf(name)).rank
-
-    def scale(self, name: str) -> float:
-        """The scale s of a module, by ``alpha_pattern`` and ``use_rslora``."""
-        return self.spec.at(_leaf(name)).scale
+    def at(self, name: str) -> LoraSpec:
+        """The settings of a module, by ``rank_pattern`` and ``alpha_pattern``."""
+        return self.spec.at(_leaf(name))
 
     def is_target(self, name: str) -> bool:
         """Whether a module, or a parameter, is one that the settings name."""
@@ -109,10 +105,6 @@ class Config:
     def has_open_targets(self) -> bool:
         """Whether the targets are a shorthand that only a model resolves."""
         return self.spec.targets == "all-linear"
-
-    def is_parameter(self, name: str) -> bool:
-        """Whether ``target_parameters`` names a parameter."""
-        return self._names(modules.parameters(self.parameters), name)
 
     @property
     def parameters(self) -> tuple[str, ...]:

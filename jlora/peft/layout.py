@@ -80,6 +80,8 @@ class Sizes(NamedTuple):
         """Those of a whole weight as PyTorch keeps it."""
         if len(shape) == 2 and is_embedding(name):
             return cls(EMBEDDING, *shape)
+        if len(shape) == 3:
+            return cls(EXPERTS, shape[2], shape[1], shape[:1])
         return cls(CONV if len(shape) == 4 else LINEAR, math.prod(shape[1:]), shape[0])
 
 
@@ -92,7 +94,7 @@ def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool | No
       sizes: of the module.
       is_turned: of a square PyTorch weight, whether it is (in, out), as GPT-2's; None: not known.
     """
-    left = [n for n, at in zip(shape, slot.index, strict=True) if at is None]
+    left = slot.sizes(shape)
     if slot.layout.dims is not None:
         words = tuple(slot.layout.dims.split())
         return [words] if len(words) == len(left) and is_fitting(words, left, sizes) else []
@@ -204,39 +206,29 @@ def leaf_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
         return outputs(x.astype(np.float32), part) if part.words == ("out",) else x
     ins, outs, batch = part.of("in"), part.of("out"), part.of("batch")
     x = _matrix(x.astype(np.float32), kind, part).reshape(*batch, *ins, *outs)
-    return outputs(x, part).transpose(_order(part))
+    order = _grouped(part)
+    return outputs(x, part).transpose([order.index(axis) for axis in range(len(order))])
 
 
 def _matrix(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
     """PyTorch's weight as (batch..., in, out)."""
     if kind == CONV:
         return x.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
-    sizes = (math.prod(part.of("in")), math.prod(part.of("out")))
-    is_turned = kind != EMBEDDING and (x.shape[-2:] != sizes or sizes[0] == sizes[1])
-    return x.swapaxes(-1, -2) if is_turned else x
+    return x if kind == EMBEDDING else x.swapaxes(-1, -2)
 
 
-def _order(part: Part) -> list[int]:
-    """For each axis of the leaf's part, its place in (batch..., in..., out...)."""
-    ranked = sorted(range(len(part.words)), key=lambda axis: ("batch", "in", "out").index(part.words[axis]))
-    return [ranked.index(axis) for axis in range(len(ranked))]
+def _grouped(part: Part) -> list[int]:
+    """The axes of the leaf's part as (batch..., in..., out...)."""
+    return sorted(range(len(part.words)), key=lambda axis: ("batch", "in", "out").index(part.words[axis]))
 
 
-def torch_weight(x: np.ndarray, kind: str, part: Part, is_turned: bool = False) -> np.ndarray:
-    """The inverse of `leaf_weight`.
-
-    Args:
-      x: the part of the leaf.
-      kind: of the module.
-      part: its axes.
-      is_turned: whether PyTorch's weight is (in, out), as GPT-2's.
-    """
+def torch_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
+    """The inverse of `leaf_weight`."""
     if len(part.words) == 1:
         return torch_outputs(x.astype(np.float32), part) if part.words == ("out",) else x
-    ranked = sorted(range(len(part.words)), key=lambda axis: ("batch", "in", "out").index(part.words[axis]))
-    x = torch_outputs(x.astype(np.float32).transpose(ranked), part)
+    x = torch_outputs(x.astype(np.float32).transpose(_grouped(part)), part)
     if kind == CONV:
         return x.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
     batch, ins, outs = part.of("batch"), part.of("in"), part.of("out")
     x = x.reshape(*batch, math.prod(ins), math.prod(outs))
-    return x if kind == EMBEDDING or is_turned else x.swapaxes(-1, -2)
+    return x if kind == EMBEDDING else x.swapaxes(-1, -2)

@@ -202,8 +202,7 @@ def from_safetensors(
                 )
             array = layout.part_of(where[parameter][parameter], slot)
             part = of_leaf(Piece(name, slot, None), array, leaf)
-            place = tuple(slice(None) if at is None else at for at in slot.index)
-            whole[place] = part.astype(whole.dtype)
+            whole[slot.place] = part.astype(whole.dtype)
             seen += math.prod(part.shape)
         if seen != whole.size:
             raise ValueError(f"peft.from_safetensors: names tells {seen} of the {whole.size} elements of {path} only")

@@ -29,6 +29,7 @@ _INDEX = re.compile(r"(.*?)\[([^\]]*)\]")
 FLAX = ("kernel", "embedding", "scale")
 WEIGHTS = ("weight", *FLAX)
 NUMBERS = tuple("ijklmn")
+HEAD, TABLES = "lm_head", ("embed_tokens", "wte")  # a language model's output layer, and the tables that may be it
 EMBEDDINGS = re.compile(r"(?:.*\.)?(?:\w*embed\w*|\w*embeddings?|wte|wpe|shared)")
 
 
@@ -72,9 +73,22 @@ class Slot(NamedTuple):
     part: tuple[int, int] | None = None
     is_native: bool = False
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """The slot as an index of its leaf."""
+        return tuple(slice(None) if at is None else at for at in self.index)
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The axes of the leaf on which it is a part."""
+        return tuple(axis for axis, at in enumerate(self.index) if at is not None)
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of the axes that it has whole."""
+        return tuple(n for n, at in zip(shape, self.index, strict=True) if at is None)
+
 
 Shapes = Mapping[str, tuple[int, ...]]
-Slots = Mapping[str, Sequence[Slot]]
 
 
 def slots_of(

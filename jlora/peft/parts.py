@@ -27,51 +27,45 @@ def parameter_of(name: str, slot: Slot) -> str:
     return name if is_own else f"{name}.weight"
 
 
-def place_of(slot: Slot) -> tuple[Any, ...]:
-    """The slot as an index of its leaf."""
-    return tuple(slice(None) if at is None else at for at in slot.index)
-
-
-def torch_array(name: str, slot: Slot, leaf: Any) -> np.ndarray:
+def torch_array(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> np.ndarray:
     """A part of a plain leaf as PyTorch's parameter.
 
     Raises:
       ValueError: if its axes are not known.
     """
-    return _as_torch(name, slot, np.asarray(leaf[place_of(slot)] if slot.index else leaf), None)
+    return _as_torch(name, slot, np.asarray(leaf[slot.place] if slot.index else leaf), axes)
 
 
 def merged_part(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> np.ndarray:
     """A part of a leaf, plain or adapted, as PyTorch's parameter, its adapter merged; no other part is computed."""
     axes = getattr(leaf, "axes", axes)
     if not is_node(leaf):
-        return _as_torch(name, slot, np.asarray(leaf[place_of(slot)] if slot.index else leaf), axes)
-    fixed = [axis for axis, at in enumerate(slot.index) if at is not None]
-    if not fixed:
+        return torch_array(name, slot, leaf, axes)
+    if not slot.fixed:
         whole = merge({slot.path: leaf})[slot.path]
-    elif axes is not None and hasattr(leaf, "layers") and {*fixed} <= {*axes.batch_axis}:
-        whole = _merged_slice(slot, leaf, fixed)
+    elif axes is not None and hasattr(leaf, "layers") and {*slot.fixed} <= {*axes.batch_axis}:
+        whole = _merged_slice(slot, leaf)
     else:
-        whole = merge({slot.path: leaf})[slot.path][place_of(slot)]
+        whole = merge({slot.path: leaf})[slot.path][slot.place]
     return _as_torch(name, slot, np.asarray(whole), axes)
 
 
-def _merged_slice(slot: Slot, node: Any, fixed: list[int]) -> Any:
+def _merged_slice(slot: Slot, node: Any) -> Any:
     """Some places on the stacked axes of a node, merged."""
     first = slot.index[node.axes.batch_axis[0]]
     if node.layers is not None and first not in (None, *node.layers):
-        return node.base[place_of(slot)]
-    at = {axis: slot.index[axis] for axis in fixed}
+        return node.base[slot.place]
+    at: dict[int, Any] = {axis: slot.index[axis] for axis in slot.fixed}
     if node.layers is not None and first is not None:
         at[node.axes.batch_axis[0]] = node.layers.index(first)
     of_batch = tuple(slice(None) if axis not in at else at[axis] for axis in node.axes.batch_axis)
     cut = lambda dims, x: x[of_batch] if dims.startswith("batch") else x
-    left = [axis for axis in range(len(node.shape)) if axis not in fixed]
+    left = [axis for axis in range(len(node.shape)) if axis not in slot.fixed]
     moved = lambda group: tuple(left.index(axis) for axis in group if axis in left)
     axes = Axes(moved(node.axes.in_axis), moved(node.axes.out_axis), moved(node.axes.batch_axis))
     layers = node.layers if first is None else None
     part: Any = map_fields(cut, dataclasses.replace(node, base=None))
-    part = dataclasses.replace(part, base=jnp.asarray(node.base[place_of(slot)]), axes=axes, layers=layers)
+    part = dataclasses.replace(part, base=jnp.asarray(node.base[slot.place]), axes=axes, layers=layers)
     return merge({slot.path: part})[slot.path]
 
 
@@ -103,7 +97,7 @@ def _words(name: str, slot: Slot, ndim: int, axes: Axes | None) -> Words:
 
 def shape_of(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> tuple[int, ...]:
     """The shape of a part of a leaf as PyTorch's parameter."""
-    sizes = tuple(n for n, at in zip(leaf.shape, slot.index, strict=True) if at is None)
+    sizes = slot.sizes(leaf.shape)
     if slot.is_native:
         return sizes
     words = _words(name, slot, len(sizes), getattr(leaf, "axes", axes))

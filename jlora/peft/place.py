@@ -17,12 +17,10 @@ from jlora.peft.adapter import Adapter
 from jlora.peft.build import Tree
 from jlora.peft.config import Config
 from jlora.peft.maps import resolved
-from jlora.peft.names import Entry, Shift, Slot, leaf_shapes, shift, slots_of
-from jlora.peft.read import HEAD
+from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.stack import Piece
 from jlora.select import sites_of
 
-TABLES = ("embed_tokens", "wte")
 Slots = Mapping[str, Sequence[Slot]]
 
 
@@ -115,7 +113,7 @@ def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
         )
     for name, places in slots.items():
         theirs, is_bias = moved.back(name), name.endswith(".bias")
-        is_kernel = len([at for at in places[0].index if at is None]) >= 2 and not is_bias
+        is_kernel = len(places[0].index) - len(places[0].fixed) >= 2 and not is_bias
         is_whole = config.is_saved(theirs if is_bias else f"{theirs}.weight")
         is_table = is_kernel and config.has_tables and bool(config.tokens(theirs))
         is_adapted = is_kernel and not config.has_open_targets and config.is_target(theirs)

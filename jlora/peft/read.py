@@ -11,9 +11,9 @@ import numpy as np
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Update
 from jlora.peft.config import Config
 from jlora.peft.keys import ECHOES, parse
+from jlora.peft.names import HEAD
 from jlora.peft.tensors import TensorFile, are_finite, read_json
 
-HEAD = "lm_head"
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Roles = dict[str, str]
 
@@ -102,7 +102,8 @@ def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, s
             f"{file.path} has factors for {named}, which its settings do not name (target_modules="
             f"{_short(config.data.get('target_modules'))}, target_parameters={_short(config.parameters)})"
         )
-    rank = config.rank(named)
+    spec = config.at(named)
+    rank = spec.rank
     stacked = len(a) if kind == EXPERTS else rank
     if stacked % rank or len(a) != stacked or b.shape[1] != stacked:
         raise ValueError(
@@ -115,7 +116,7 @@ def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, s
     given = {role: file[keys[role]] for role in ("magnitude", "bias") if role in keys}
     _check_parts(file, named, given, config, b.shape[-2])
     flat = {role: array.reshape(-1) for role, array in given.items()}
-    return Update(kind, a, b, config.scale(named), flat.get("magnitude"), flat.get("bias"))
+    return Update(kind, a, b, spec.scale, flat.get("magnitude"), flat.get("bias"))
 
 
 def _pair(
@@ -222,7 +223,7 @@ def check_finite(where: object, adapter: Adapter) -> None:
         if not are_finite(array):
             raise ValueError(
                 f"{where}: {name} has values that are NaN or infinite; the training has failed. "
-                "allow_nonfinite=True takes them as they are"
+                "allow_nonfinite takes them as they are"
             )
 
 

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 def fixed_axes(path: str, pieces: list[Piece]) -> tuple[int, ...]:
     """The axes on which the parts of a leaf are."""
-    found = {tuple(axis for axis, at in enumerate(p.slot.index) if at is not None) for p in pieces}
+    found = {p.slot.fixed for p in pieces}
     if len(found) > 1:
         raise ValueError(f"peft.load: the map takes {path} apart in two ways, on axes {' and '.join(map(str, found))}")
     return found.pop()

@@ -15,7 +15,7 @@ from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Update
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
 from jlora.peft.keys import PREFIX, TOKENS
-from jlora.peft.place import HEAD, TABLES
+from jlora.peft.names import HEAD, TABLES
 from jlora.peft.read import CONFIG, WEIGHTS, nesting
 from jlora.peft.tensors import TensorInfo, write_json, write_tensors
 

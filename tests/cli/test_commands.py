@@ -152,7 +152,7 @@ def test_merge_tells_the_type_in_the_settings(home):
     assert settings == {"torch_dtype": "bfloat16", "layers": 3}
 
 
-def test_merge_holds_one_tensor_at_a_time(home, monkeypatch):
+def test_merge_reads_each_tensor_once(home, monkeypatch):
     sizes = []
     real = TensorFile.__getitem__
     monkeypatch.setattr(TensorFile, "__getitem__", lambda self, name: sizes.append(name) or real(self, name))

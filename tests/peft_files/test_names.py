@@ -690,5 +690,15 @@ def test_a_ready_map_is_its_layouts(name, size, tmp_path):
     assert_same(merged(again), merged(theirs), ATOL)
 
 
+@pytest.mark.parametrize("name", ["mixtral, stacked", "maxtext-qwen3-moe, scanned", "tunix, experts", "llama, stacked"])
+def test_a_model_is_read_by_a_ready_map(name, tmp_path):
+    case = CASES[name]
+    state = case.state(OTHER)
+    jlora.peft.to_safetensors(nested(state), tmp_path)
+    expected = nested({path.replace("/", "."): x for path, x in case.tree(state).items()})
+    found = jlora.peft.from_safetensors(tmp_path, like=expected, names=case.names)
+    assert_same(flat(found), flat(expected), ATOL)
+
+
 def test_there_is_a_case_for_each_ready_map():
     assert {case.names for case in CASES.values()} == {*NAMES}
