@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jlora.interpret.factored import Factored
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam, LoraParam, TrainableParam, is_node
 from jlora.paths import flatten
+from jlora.placement import Makers
 from jlora.spec import LoraSpec
 from jlora.tree import merge, partition
 from jlora.variants.bias import LoraBiasParam
@@ -105,7 +105,8 @@ def fold_and_restart(tree: Any, *, key: jax.Array | None = None) -> Any:
     merged = jax.tree.leaves(merge(tree))
     paths, leaves, treedef = flatten(tree, is_node)
     key = _own_key(tree) if key is None else key
-    return treedef.unflatten([_again(*each, key) for each in zip(paths, leaves, merged, strict=True)])
+    makers = Makers()
+    return treedef.unflatten([_again(*each, key, makers) for each in zip(paths, leaves, merged, strict=True)])
 
 
 def _own_key(tree: Any) -> jax.Array:
@@ -114,7 +115,7 @@ def _own_key(tree: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.key(0), sum(bits[1:], bits[0]))
 
 
-def _again(path: str, node: Any, merged: Any, key: jax.Array) -> Any:
+def _again(path: str, node: Any, merged: Any, key: jax.Array, makers: Makers) -> Any:
     if isinstance(node, LoraBiasParam):
         return dataclasses.replace(node, base=merged, lora_bias=jnp.zeros_like(node.lora_bias))
     if isinstance(node, TokensParam):
@@ -123,7 +124,7 @@ def _again(path: str, node: Any, merged: Any, key: jax.Array) -> Any:
         return merged if not is_node(node) else node
     spec = LoraSpec(**{"variant": type(node), "dtype": _dtype(node)} | node.settings)  # type: ignore[arg-type]
     kernel = Kernel(path, tuple(node.shape), node.axes, "dot", spec, getattr(node, "layers", None))
-    return adapt(merged, kernel, jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return adapt(merged, kernel, key, makers)
 
 
 def _dtype(node: AdaptedParam) -> Any:

@@ -45,6 +45,18 @@ def sizes_of(node: Any, dims: str, known: Mapping[str, int] = MappingProxyType({
     return tuple(size for group in groups for size in group)
 
 
+def axes_of(node: Any, dims: str, x: Any, shape: tuple[int, ...]) -> list[int | None]:
+    """Which axis of a base of this shape each axis of a node's array is; None: one of its own, or in part.
+
+    An array that tells no dims is like the base if it has its shape, and has nothing of it otherwise.
+    """
+    if not dims:
+        return list(range(len(shape))) if tuple(x.shape) == shape else [None] * len(x.shape)
+    groups = [getattr(node.axes, f"{word}_axis") if word in GROUPS else (None,) for word in dims.split()]
+    axes = [axis for group in groups for axis in group]
+    return [None, *axes[1:]] if dims.startswith("batch") and node.layers is not None else axes
+
+
 def of_layers(node: Any, x: jax.Array) -> jax.Array:
     """A node's or a kernel's base, or an array of its shape, with the adapted layers alone."""
     layers = getattr(node, "layers", None)

@@ -97,8 +97,10 @@ class AdaptedParam(abc.ABC):
         node: Any = self
         if getattr(node, "layers", None) is None:
             return x
-        whole = jnp.full((self.shape[node.axes.batch_axis[0]], *x.shape[1:]), fill, x.dtype)
-        return whole.at[jnp.asarray(node.layers)].set(x)
+        place = {layer: i for i, layer in enumerate(node.layers)}
+        blank = jnp.full_like(x[:1], fill)
+        count = self.shape[node.axes.batch_axis[0]]
+        return jnp.concatenate([x[place[i] : place[i] + 1] if i in place else blank for i in range(count)])
 
     @property
     def shape(self) -> tuple[int, ...]:

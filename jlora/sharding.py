@@ -7,49 +7,147 @@ makes its own part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jlora.fields import GROUPS, map_fields
+from jlora.fields import axes_of, map_fields
 from jlora.interpret.compat import is_traced
+from jlora.nodes import is_node
+from jlora.paths import flatten
+
+
+def specs(tree: Any, base_specs: Any) -> Any:
+    """The partition spec of each leaf of a wrapped tree, from those of the plain tree.
+
+    For a kernel of spec ``P("fsdp", "tensor")`` with one in and one out axis, A has ``P("fsdp", None)`` and B
+    ``P(None, "tensor")``. Names need not be those of a mesh: logical ones stay logical.
+
+    Args:
+      tree: a wrapped tree, of arrays or of `jax.ShapeDtypeStruct`.
+      base_specs: a tree of specs with the paths of the plain tree, as `flax.linen.get_partition_spec` and
+        `flax.nnx.get_partition_spec` return it. One may stand for all leaves below its path; None is ``P()``.
+
+    Returns:
+      The structure of `tree` with a `jax.sharding.PartitionSpec` for each leaf.
+
+    Raises:
+      ValueError: if a leaf has no spec, a spec has no leaf, or a spec has more entries than the leaf has axes.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> specs = jlora.sharding.specs(tree, {"kernel": P("fsdp", "tensor")})
+      >>> specs["kernel"].lora_a == P("fsdp", None), specs["kernel"].lora_b == P(None, "tensor")
+      (True, True)
+    """
+    given = _by_path(base_specs)
+    paths, leaves, treedef = flatten(tree, is_node)
+    found = [_nearest(path, given) for path in paths]
+    if unused := {*given} - {key for key, _ in found}:
+        raise ValueError(
+            f"sharding.specs: base_specs has {sorted(unused)[0]!r}, but the tree has no such leaf; it has "
+            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. Give the specs of the tree that was wrapped"
+        )
+    return treedef.unflatten(
+        [_spec_of(path, leaf, spec) for path, leaf, (_, spec) in zip(paths, leaves, found, strict=True)]
+    )
+
+
+def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
+    """The sharding of each leaf of a wrapped tree: for `jax.jit`'s in_shardings and out_shardings, for checkpoints.
+
+    Args:
+      tree: a wrapped tree, of arrays or of `jax.ShapeDtypeStruct`.
+      mesh: that of the specs.
+      base_specs: as in `specs`. Without mesh and specs it is the bases' own placement that counts.
+
+    Returns:
+      The structure of `tree` with a `jax.sharding.NamedSharding` for each leaf; None for one that lies on no mesh.
+
+    Raises:
+      ValueError: as `specs` does; or if one of `mesh` and `base_specs` is given alone.
+    """
+    if (mesh is None) != (base_specs is None):
+        raise ValueError("sharding.shardings takes mesh and base_specs together, or neither: the bases' own placement")
+    if mesh is not None:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, base_specs), is_leaf=_is_spec)
+    return jax.tree.map(_own, tree, is_leaf=is_node)
+
+
+def _by_path(base_specs: Any) -> dict[str, PartitionSpec]:
+    paths, leaves, _ = flatten(base_specs, lambda x: x is None or isinstance(x, (PartitionSpec, Sharding)))
+    return {path: _as_spec(path, leaf) for path, leaf in zip(paths, leaves, strict=True)}
+
+
+def _as_spec(path: str, leaf: Any) -> PartitionSpec:
+    if leaf is None:
+        return PartitionSpec()
+    if isinstance(leaf, NamedSharding):
+        return leaf.spec
+    if not isinstance(leaf, PartitionSpec):
+        raise ValueError(f"sharding.specs: base_specs has {leaf!r} at {path!r}; it takes PartitionSpecs")
+    return leaf
+
+
+def _nearest(path: str, given: Mapping[str, PartitionSpec]) -> tuple[str, PartitionSpec]:
+    """The spec of a path, or of the nearest one above it."""
+    parts = path.split("/")
+    for count in range(len(parts), -1, -1):
+        if (key := "/".join(parts[:count])) in given:
+            return key, given[key]
+    raise ValueError(f"sharding.specs: base_specs has nothing for {path}; give it a PartitionSpec, or None for P()")
+
+
+def _spec_of(path: str, leaf: Any, spec: PartitionSpec) -> Any:
+    if len(spec) > len(leaf.shape):
+        raise ValueError(
+            f"sharding.specs: {spec} has {len(spec)} entries, but {path} of shape {tuple(leaf.shape)} has "
+            f"{len(leaf.shape)} axes"
+        )
+    return _node_specs(leaf, tuple(leaf.shape), spec) if is_node(leaf) else spec
+
+
+def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
+    """The node with the spec of each array that is there, beside a base of this shape and spec."""
+    entries = (*spec, *[None] * (len(shape) - len(spec)))
+
+    def of(dims: str, x: Any) -> PartitionSpec | None:
+        if x is None:
+            return None
+        axes = axes_of(node, dims, x, shape)
+        is_like_base = axes == list(range(len(shape)))
+        return spec if is_like_base else PartitionSpec(*(None if axis is None else entries[axis] for axis in axes))
+
+    return map_fields(of, node)
+
+
+def _own(leaf: Any) -> Any:
+    if not is_node(leaf):
+        return sharding_of(leaf)
+    found = of_node(leaf, leaf.base)
+    return map_fields(lambda *_: None, leaf) if found is None else found
 
 
 def of_node(node: Any, base: Any) -> Any:
-    """The node with the sharding of each array beside a placed base; None where the base says nothing."""
-    sharding = _sharding(base)
+    """The node with the sharding of each array, as its base lies; None beside a base that lies on no mesh."""
+    sharding = sharding_of(base)
     if sharding is None:
         return None
-    spec = (*sharding.spec, *[None] * (len(base.shape) - len(sharding.spec)))
-    place = lambda dims: NamedSharding(sharding.mesh, PartitionSpec(*_parts(node, dims, spec)))
-    return map_fields(lambda dims, x: None if x is None else place(dims), node)
+    found = _node_specs(node, tuple(base.shape), sharding.spec)
+    return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), found, is_leaf=_is_spec)
 
 
-def _sharding(base: Any) -> NamedSharding | None:
-    """Where a base lies; None where that is not said, or said by the program that is being traced."""
-    sharding = None if is_traced(base) else getattr(base, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
+def sharding_of(x: Any) -> NamedSharding | None:
+    """Where an array lies on a mesh; None where that is not said, or said by the program that is being traced."""
+    sharding = jax.typeof(x).sharding if is_traced(x) else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    return sharding if not is_traced(x) or sharding.mesh.explicit_axes else None
 
 
-def _parts(node: Any, dims: str, spec: tuple[Any, ...]) -> list[Any]:
-    of = lambda word: [spec[axis] for axis in getattr(node.axes, f"{word}_axis")] if word in GROUPS else [None]
-    parts = [part for word in dims.split() for part in of(word)]
-    if dims.startswith("batch") and node.layers is not None:
-        parts[0] = None  # some of the layers: their number need not be a multiple of the mesh's
-    return parts
-
-
-def placed(make: Callable[..., Any], base: Any, key: jax.Array) -> Any:
-    """Calls ``make(base, key)``: the arrays of its node come out placed, and abstract where the base is."""
-    is_abstract = isinstance(base, jax.ShapeDtypeStruct)
-    if not is_abstract and _sharding(base) is None:
-        return make(base, key)
-    shapes = jax.eval_shape(make, base, key)
-    shardings = of_node(shapes, base)
-    if not is_abstract:
-        return jax.jit(make, out_shardings=shardings)(base, key)
-    if shardings is None:
-        return shapes
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora import sharding
 from jlora.checks import check_made
 from jlora.conventions import kernel_axes
 from jlora.interpret.sites import Site
@@ -18,6 +17,7 @@ from jlora.kernel import Kernel
 from jlora.layers import chosen_paths, chosen_slices
 from jlora.nodes import AdaptedParam, TrainableParam, is_node
 from jlora.paths import checked_key, flatten
+from jlora.placement import Makers
 from jlora.select import biases_of, lora_biases, select, sites_of
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
@@ -74,26 +74,48 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     biases = lora_biases(by_path, kernels) if spec.lora_bias else {}
     full = chosen.full | (biases_of(by_path, kernels, spec.bias) - {*biases})
     root = jax.random.key(spec.seed) if key is None else checked_key("wrap: key", key)
+    makers = Makers()
 
     def node(path: str, leaf: Any) -> Any:
         if path in kernels:
-            return adapt(leaf, kernels[path], jax.random.fold_in(root, zlib.crc32(path.encode())))
+            return adapt(leaf, kernels[path], root, makers)
         if path in biases:
-            return LoraBiasParam.create(leaf, biases[path])
+            return lora_bias(leaf, biases[path], makers)
         if path in chosen.tokens:
-            return TokensParam.of(path, leaf, chosen.tokens[path])
+            return trained_tokens(path, leaf, chosen.tokens[path], makers)
         return TrainableParam(leaf) if path in full else leaf
 
     return treedef.unflatten([node(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
-def adapt(base: Any, kernel: Kernel, key: jax.Array) -> AdaptedParam:
-    """The node of one kernel, its arrays placed as the base is."""
-    with_base: Any = dataclasses.replace
-    make = lambda base, key: with_base(kernel.spec.node.create(base, kernel, key), base=None)
-    node = with_base(sharding.placed(make, base, key), base=base)
+def adapt(base: Any, kernel: Kernel, root: jax.Array, makers: Makers) -> AdaptedParam:
+    """The node of one kernel, its arrays placed as the base is; its key comes from `root` and its path."""
+    make = lambda base, key: _bare(kernel.spec.node.create(base, kernel, key))
+    is_planned = isinstance(base, jax.ShapeDtypeStruct)
+    key = root if is_planned else jax.random.fold_in(root, zlib.crc32(kernel.path.encode()))
+    node = _beside(base, makers(dataclasses.replace(kernel, path=""), make, base, key))
     check_made(kernel.path, node)
     return node
+
+
+def lora_bias(base: Any, kernel: Kernel, makers: Makers) -> AdaptedParam:
+    """The node of a bias, with the scale of the kernel beside it."""
+    make = lambda base: _bare(LoraBiasParam.create(base, kernel))
+    return _beside(base, makers((LoraBiasParam, kernel.spec), make, base))
+
+
+def trained_tokens(path: str, base: Any, tokens: Sequence[int], makers: Makers) -> AdaptedParam:
+    """The node of a table of which some rows train."""
+    make = lambda base: _bare(TokensParam.of(path, base, tokens))
+    return _beside(base, makers((TokensParam, tokens), make, base))
+
+
+def _bare(node: Any) -> Any:
+    return dataclasses.replace(node, base=None)
+
+
+def _beside(base: Any, node: Any) -> Any:
+    return dataclasses.replace(node, base=base)
 
 
 def _kernel(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Mapping[str, Site] | None) -> Kernel:

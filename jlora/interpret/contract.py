@@ -17,7 +17,8 @@ from jlora.interpret import compat
 from jlora.interpret.ends import Ends
 from jlora.interpret.factored import Factored, Tracked, product, scaled_by, whole
 from jlora.interpret.interpreter import DECLINED, Interpreter
-from jlora.interpret.products import Labels, cast, contract, scaled, swapped
+from jlora.interpret.manual import varying
+from jlora.interpret.products import Labels, cast, contract, placed_as, scaled, swapped
 
 
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -49,9 +50,7 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
 def _added(y: Any, z: Any) -> Any:
     if y.shape != z.shape:
         return y + z
-    if (sharding := jax.typeof(y).sharding).mesh.explicit_axes and jax.typeof(z).sharding != sharding:
-        z = jax.sharding.reshard(z, sharding)
-    return lax.add(y, z)
+    return lax.add(y, placed_as(z, y))
 
 
 def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labels, Labels]:
@@ -100,7 +99,7 @@ def dropped(x: Any, weight: Factored) -> Any:
     if weight.key is None or not weight.dropout:
         return x
     key = weight.key
-    for name in sorted(jax.typeof(x).manual_axis_type.varying):  # each shard draws for its own part of x
+    for name in sorted(varying(x)):  # each shard draws for its own part of x
         key = jax.random.fold_in(key, lax.axis_index(name))
     keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
     return jnp.where(keep, x / (1 - weight.dropout), jnp.zeros_like(x))

@@ -7,6 +7,7 @@ densely, since a rule for f(W) says nothing about f at a factored W.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret import compat
-from jlora.interpret.factored import Tracked
+from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import Interpreter
 
 
@@ -186,6 +187,10 @@ def cond(interpreter: Interpreter, eqn: Any, index: Any, *values: Any) -> list[A
 def shard_map(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
     """Factors are split along the mesh axes of the base's axes that they own; the rank is whole everywhere."""
     params = eqn.params
+    whole = lambda v: interpreter.densify(v, eqn, "the shards cut the blocks of its rotation")
+    values = tuple(
+        whole(v) if _cuts(v, s, params["mesh"]) else v for v, s in zip(values, params["in_specs"], strict=True)
+    )
     in_specs = tuple(_split_spec(v, s) for v, s in zip(values, params["in_specs"], strict=True))
 
     def body(*inner: Any) -> list[Any]:
@@ -194,6 +199,16 @@ def shard_map(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
     settings = {"check_vma": params["check_vma"], "axis_names": params["newly_manual_axes"]}
     out_specs = list(params["out_specs"])
     return jax.shard_map(body, mesh=params["mesh"], in_specs=in_specs, out_specs=out_specs, **settings)(*values)
+
+
+def _cuts(value: Any, spec: Any, mesh: Any) -> bool:
+    """Whether a shard would hold a part of a block of an input transform."""
+    if not isinstance(value, Factored) or not value.turns or value.turned_axis is None:
+        return False
+    entry = spec[value.turned_axis] if value.turned_axis < len(spec) else None
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    shard = value.base.shape[value.turned_axis] // math.prod(mesh.shape[name] for name in names)
+    return any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns) and bool(names)
 
 
 def _split_spec(value: Any, spec: Any) -> Any:

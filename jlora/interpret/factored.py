@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.interpret.products import Labels, cast, contract, reshaped, transposed, wide
+from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, transposed, wide
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,6 +152,7 @@ def scaled_by(x: Any, xs: Labels, gain: Any, gs: Labels) -> Any:
     """x times a gain without its axis of rank, whose labels are among those of x; in float32 or wider."""
     order = sorted(range(len(gs)), key=lambda i: xs.index(gs[i]))
     gain = lax.expand_dims(transposed(gain, order), [i for i, label in enumerate(xs) if label not in gs])
+    gain = placed_as(gain, x)
     sums = wide(x.dtype)
     return cast(cast(x, sums) * cast(gain, sums), x.dtype)
 

@@ -98,6 +98,15 @@ def reshaped(x: Any, shape: Sequence[int]) -> Any:
     return x if tuple(shape) == tuple(x.shape) else lax.reshape(x, tuple(shape))
 
 
+def placed_as(x: Any, like: Any) -> Any:
+    """x, on a mesh of explicit axes where `like` lies; both have the same axes, but for those of size 1 of x."""
+    sharding = jax.typeof(like).sharding
+    if not sharding.mesh.explicit_axes:
+        return x
+    entries = [entry if n > 1 else None for entry, n in zip(sharding.spec, x.shape, strict=True)]
+    return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*entries)))
+
+
 def scaled(x: Any, scale: float) -> Any:
     return x if scale == 1 else lax.mul(x, np.asarray(scale, x.dtype))
 

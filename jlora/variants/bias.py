@@ -32,10 +32,7 @@ class LoraBiasParam(AdaptedParam):
     @classmethod
     def create(cls, base: Any, kernel: Kernel, key: jax.Array | None = None) -> LoraBiasParam:
         del key
-        sharding = getattr(base, "sharding", None)
-        if isinstance(base, jax.ShapeDtypeStruct):
-            return cls(base, jax.ShapeDtypeStruct(base.shape, kernel.dtype, sharding=sharding), kernel.spec.scale)
-        return cls(base, jnp.zeros_like(base, dtype=kernel.dtype), kernel.spec.scale)
+        return cls(base, jnp.zeros(base.shape, kernel.dtype), kernel.spec.scale)
 
     def effective(self, name: str, key: jax.Array | None) -> jax.Array:
         del name, key

@@ -12,6 +12,7 @@ from jax import lax
 from jlora.axes import Axes
 from jlora.fields import PAIR, frozen, matrices, of_layers, sizes_of, static, trained
 from jlora.interpret.factored import Factored, gained
+from jlora.interpret.manual import split_axes, summed
 from jlora.interpret.products import contract, wide
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam, from_start, low_rank_of
@@ -69,7 +70,7 @@ class DoraParam(AdaptedParam):
         gram = contract(lora_a, (*batch, *ins, "q"), lora_a, a, (*batch, "r", "q"))
         square = contract(gram, (*batch, "q", "r"), lora_b, b, (*batch, "q", *outs))
         total = (2 * self.scale * cross + self.scale**2 * square) * lora_b
-        return self.norm2 + total.sum(len(batch))
+        return self.norm2 + summed(total.sum(len(batch)), split_axes(lora_b, lora_a, "DoRA's norm"))
 
 
 def squared_norms(node: Any, base: Any) -> jax.Array:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jlora.axes import Axes
-from jlora.fields import frozen, static, trained
+from jlora.fields import frozen, sizes_of, static, trained
 from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.manual import check_size
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam
 
@@ -79,6 +80,9 @@ class LokrParam(AdaptedParam):
         )
         batch, rank = self.lokr_c.shape[:-2], min(p, q) * self.lokr_a.shape[-1]
         shape = lambda axes: [self.shape[axis] for axis in axes]
+        sizes = {"in": p * self.lokr_a.shape[-2], "out": q * self.lokr_b.shape[-1]}
+        for word, size in sizes.items():
+            check_size(name, "the Kronecker product", size, math.prod(sizes_of(self, word)))
         a = a.reshape(*batch, *shape(self.axes.in_axis), rank)
         b = b.reshape(*batch, rank, *shape(self.axes.out_axis))
         factors = self.beside(a, "batch in rank"), self.beside(b, "batch rank out")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jlora.axes import Axes
 from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, plain, turned_by
+from jlora.interpret.manual import check_size
 from jlora.interpret.products import wide
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam
@@ -50,6 +51,7 @@ class Rotation(AdaptedParam):
         rotations = _cayley(self.everywhere(self.oft_q), self.size)
         factors, blocks = rotations.shape[len(batch) : len(batch) + 2]
         own = ins if blocks * self.size == math.prod(self.shape[axis] for axis in ins) else ins[-1:]
+        check_size(name, "the rotation", blocks * self.size, math.prod(self.shape[axis] for axis in own))
         strides = [self.size**i for i in range(factors)]
         sizes = [self.shape[axis] for axis in (*batch, *own)]
         rows = [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jlora.axes import Axes
 from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.manual import split_axes
 from jlora.nodes import AdaptedParam
 
 
@@ -34,7 +35,7 @@ class TokensParam(AdaptedParam):
     """
 
     base: Any = frozen()
-    rows: Any = trained()
+    rows: Any = trained("tokens out")
     tokens: tuple[int, ...] = static()
 
     axes = Axes((0,), (1,))
@@ -48,12 +49,17 @@ class TokensParam(AdaptedParam):
         """
         if outside := [token for token in tokens if token >= base.shape[0]]:
             raise ValueError(f"wrap: train_tokens names {outside}, but {path} has {base.shape[0]} rows")
-        take = lambda base: base[jnp.asarray(tokens)].astype(jnp.float32)
-        rows = jax.eval_shape(take, base) if isinstance(base, jax.ShapeDtypeStruct) else take(jnp.asarray(base))
+        rows = jnp.asarray(base)[jnp.asarray(tokens)].astype(jnp.float32)
         return cls(base, rows, tuple(tokens))
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key
+        if split := split_axes(self.rows, self.base, "train_tokens"):
+            raise ValueError(
+                f"apply: the rows of {name} are split over {split} inside jax.shard_map, where those that are trained "
+                "can't be found by their numbers. Put jlora.apply around the shard_map, or keep the rows of the table "
+                "whole"
+            )
         places = jnp.asarray(self.tokens)
         unit = jax.nn.one_hot(places, self.shape[0], axis=0, dtype=self.rows.dtype)
         change = self.rows - jax.lax.stop_gradient(self.base[places].astype(self.rows.dtype))

@@ -1,0 +1,43 @@
+"""Inside `jax.shard_map`: what a device's shard of a weight does not tell of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes along which an array differs; empty where `jax.shard_map` does not keep account of it."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def split_axes(whole: Any, of: Any, what: str) -> tuple[str, ...]:
+    """The mesh axes along which `of` is split and `whole` is not.
+
+    Raises:
+      ValueError: inside ``jax.shard_map(..., check_vma=False)``, which keeps no account of it.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and not varying(lax.axis_index(manual[0])):
+        raise ValueError(
+            f"apply: {what} needs to know how the kernel is split over the mesh, which jax.shard_map(..., "
+            "check_vma=False) does not tell. Leave check_vma on, or put jlora.apply around the shard_map"
+        )
+    return tuple(sorted(varying(of) - varying(whole)))
+
+
+def summed(x: Any, axes: tuple[str, ...]) -> Any:
+    """The sum of a value over the shards."""
+    return lax.psum(x, axes) if axes else x
+
+
+def check_size(name: str, what: str, expected: int, found: int) -> None:
+    """Refuses a kernel whose size is not that of the arrays beside it."""
+    if expected != found:
+        raise ValueError(
+            f"apply: {what} of {name} is for {expected} elements, but the kernel has {found} here. Inside "
+            "jax.shard_map a device sees its shard alone: put jlora.apply around the shard_map, or split this kernel "
+            "along other axes"
+        )

@@ -1,0 +1,76 @@
+"""Arrays made where they belong: beside a base, on its devices, wherever that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlora import sharding
+from jlora.fields import axes_of, map_fields
+from jlora.interpret.compat import is_traced
+
+
+class Makers:
+    """Makes the arrays of nodes where they belong; alike kernels share one compiled function, or one plan."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, Callable[..., Any]]] = []
+
+    def __call__(self, kind: Any, make: Callable[..., Any], base: Any, *args: Any) -> Any:
+        """``make(base, *args)``: the arrays of its node come out placed, and abstract where the base is.
+
+        Args:
+          kind: equal for functions that do the same to bases of one shape and type.
+          make: returns a node without its base. It sees no sharded axes, so it may sort and factorise.
+        """
+        kind = (kind, tuple(base.shape), jnp.dtype(base.dtype), is_traced(base), getattr(base, "sharding", None))
+        made = next((made for known, made in self._known if known == kind), None)
+        if made is None:
+            made = _maker(make, base, *args)
+            self._known.append((kind, made))
+        return made(base, *args)
+
+
+def _maker(make: Callable[..., Any], base: Any, *args: Any) -> Callable[..., Any]:
+    """The function that makes a node beside such a base."""
+    at = sharding.sharding_of(base)
+    if at is None and not isinstance(base, jax.ShapeDtypeStruct):
+        return (lambda base, *args: _alike(make(base, *args), base)) if is_traced(base) else make
+    node = jax.eval_shape(make, jax.ShapeDtypeStruct(base.shape, base.dtype), *args)
+    where = sharding.of_node(node, base)
+    if isinstance(base, jax.ShapeDtypeStruct):
+        plan = node if where is None else jax.tree.map(_placed_plan, node, where)
+        return lambda *_: plan
+    if at is not None and at.mesh.explicit_axes:
+        make = jax.sharding.auto_axes(make, out_sharding=where)
+    return jax.jit(make, out_shardings=where)
+
+
+def _placed_plan(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _alike(node: Any, base: Any) -> Any:
+    """The node, its arrays tied to a base that is being traced, so that XLA places them as it places the base."""
+    return map_fields(lambda dims, x: x if x is None else _tied(x, axes_of(node, dims, x, base.shape), base), node)
+
+
+def _tied(x: Any, axes: list[int | None], base: Any) -> Any:
+    """x itself, chosen by a comparison that has the base's axes: sharding propagates through it.
+
+    The barrier hides from XLA that both choices are the same.
+    """
+    mine = [axis for axis in axes if axis is not None]
+    if not mine:
+        return x
+    thin = base
+    for axis in {*range(base.ndim)} - {*mine}:
+        thin = lax.slice_in_dim(thin, 0, 1, axis=axis)
+    order = [*mine, *({*range(base.ndim)} - {*mine})]
+    thin = lax.squeeze(lax.transpose(thin, order), range(len(mine), base.ndim))
+    at = [i for i, axis in enumerate(axes) if axis is not None]
+    return lax.select_n(lax.broadcast_in_dim(thin == thin, x.shape, at), lax.optimization_barrier(x), x)
