@@ -4,7 +4,7 @@ Every process runs the same command. The base lies across the mesh, split both w
 their optimizer lie beside it. A step's batch depends on the seed and the step's number alone, so the losses are the
 same up to rounding on any mesh and any number of processes.
 
-Run again, the same command goes on from the last checkpoint in --out: to the bit on the same mesh. SIGTERM to any
+Run again, the same command goes on from the last checkpoint: to the bit on the same mesh. SIGTERM to any
 process, or Ctrl-C, ends all of them after the step under way, with a checkpoint of it and exit code 128 + the signal's
 number. The second one ends a process at once.
 """
@@ -163,13 +163,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     files = parser.add_argument_group("files").add_argument
     files(
         "--out", type=Path, default=Path("runs/pod"), metavar="DIR",
-        help="for checkpoints, metrics.jsonl and the adapter; the same directory for all processes (%(default)s)",
+        help="for metrics.jsonl and the adapter, which process 0 writes, and for checkpoints (%(default)s)",
+    )  # fmt: skip
+    files(
+        "--checkpoints", metavar="DIR", help="for checkpoints: one directory that all processes see (OUT/checkpoints)"
     )  # fmt: skip
     files("--save-every", metavar="N", type=count(1), default=20, help="steps between checkpoints (%(default)s)")
     files("--evaluate", action="store_true", help="the perplexity of held-out text in the end, with and without LoRA")
     args = parser.parse_args(argv)
     if len({args.coordinator is None, args.processes is None, args.process is None}) > 1:
         parser.error("--coordinator, --processes and --process go together: one process's own number is --process")
+    args.checkpoints = args.checkpoints or str(args.out / "checkpoints")
     return args
 
 

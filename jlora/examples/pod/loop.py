@@ -39,7 +39,7 @@ class Trained:
 
 
 def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespace, mesh: Mesh, stop: Stop) -> Trained:
-    """Trains adapters, from the last checkpoint in `args.out` if there is one.
+    """Trains adapters, from the last checkpoint in `args.checkpoints` if there is one.
 
     Args:
       model: the model.
@@ -51,7 +51,7 @@ def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespac
     """
     schedule = learning_rate(args.lr, args.steps)
     tx = optimizer(params, schedule)
-    with jlora.checkpoint.Checkpoints(args.out / "checkpoints", keep_last=2, keep_best=0) as checkpoints:
+    with jlora.checkpoint.Checkpoints(args.checkpoints, keep_last=2) as checkpoints:
         first, params, state = resumed(checkpoints, params, tx, args)
         step, flops = train_step(model, tx, schedule, params, state), flops_per_token(model, params, args.length)
         stream, sizes = data.shuffled(rows, args.seed), (args.batch, args.length, args.accumulate)
@@ -84,7 +84,9 @@ def resumed(checkpoints: Any, params: Any, tx: optax.GradientTransformation, arg
     settings = extra["settings"]
     if differing := [name for name in SETTINGS if settings[name] != getattr(args, name)]:
         told = ", ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in differing)
-        raise PodError(f"{args.out} holds a job with {told}: give these settings, or another --out")
+        raise PodError(
+            f"{args.checkpoints} holds a job with {told}: give these settings, or another --out and --checkpoints"
+        )
     return step, params, state
 
 

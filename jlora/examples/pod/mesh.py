@@ -28,7 +28,7 @@ RULES = {
 
 def read_mesh(text: str) -> dict[str, int]:
     """Returns the axes' sizes from text such as ``fsdp=8,tensor=4``; -1 is the rest of the devices."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in AXES:

@@ -51,7 +51,7 @@ class Recorder:
             self.file = path.open("a", encoding="utf-8")
         self.since: float | None = None  # the first step compiles: its time tells nothing
 
-    def add(self, step: int, told: dict[str, Any]) -> dict[str, float]:
+    def add(self, step: int, told: dict[str, Any]) -> dict[str, Any]:
         """Waits for a step's metrics, records them and returns them."""
         told = {name: x.item() for name, x in jax.device_get(told).items()}
         seconds = None if self.since is None else time.perf_counter() - self.since

@@ -71,5 +71,5 @@ def perplexity(model: SmolLM2, params: Any, batches: Iterable[jax.Array]) -> flo
         counts = ids[:, 0] >= 0
         return jnp.stack([jnp.where(counts, losses, 0).sum(), counts.sum()])
 
-    loss, rows = sum(np.asarray(summed(params, ids)) for ids in batches)
+    loss, rows = np.sum([np.asarray(summed(params, ids)) for ids in batches], axis=0)
     return float(np.exp(loss / rows))
