@@ -110,9 +110,7 @@ def _of_mesh(mesh: Any, specs: tuple[PartitionSpec, ...], shapes: tuple[tuple[in
         whole = lax.psum(jnp.concatenate(mine), mesh.axis_names).astype(jnp.uint8)  # one exchange for all arrays
         return jnp.split(whole, np.cumsum([x.size for x in mine])[:-1])
 
-    return jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(), check_vma=False)
-    )
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(), check_vma=False))
 
 
 def _mine(part: jax.Array, spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +56,20 @@ def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespac
         first, params, state = resumed(checkpoints, params, tx, args)
         step, flops = train_step(model, tx, schedule, params, state), flops_per_token(model, params, args.length)
         stream, sizes = data.shuffled(rows, args.seed), (args.batch, args.length, args.accumulate)
-        recorder = Recorder(args.out / "metrics.jsonl", first, args.steps, args.batch * args.length, flops)
-        done, caught = first, 0
-        for done, ids in enumerate(data.batches(stream, mesh, *sizes, first, args.steps), first + 1):
-            batch = {"ids": ids, "step": np.int32(done - 1), "stop": flags(stop, mesh)}
-            params, state, told = step(params, state, batch)
-            told = recorder.add(done, told)
-            # All see the same number, and so stop after the same step. A process by itself need not wait for that.
-            caught = told["stop"] or (stop.signal if jax.process_count() == 1 else 0)
-            if done % args.save_every == 0 or done == args.steps or caught:
-                save(checkpoints, done, params, state, told["loss"], args)
-                recorder.restart()
-            if caught:
-                break
-        recorder.close()
-    return Trained(params, done, caught if done < args.steps else 0)
+        batches = data.batches(stream, mesh, *sizes, first, args.steps)
+        file, tokens = args.out / "metrics.jsonl", args.batch * args.length
+        with closing(Recorder(file, first, args.steps, tokens, flops)) as recorder:
+            for done, ids in enumerate(batches, first + 1):
+                batch = {"ids": ids, "step": np.int32(done - 1), "stop": flags(stop, mesh)}
+                params, state, told = step(params, state, batch)
+                told = recorder.add(done, told)
+                caught = told["stop"] or alone(stop)
+                if done % args.save_every == 0 or done == args.steps or caught:
+                    save(checkpoints, done, params, state, told["loss"], args)
+                    recorder.restart()
+                if caught and done < args.steps:
+                    return Trained(params, done, caught)
+    return Trained(params, args.steps, 0)
 
 
 def resumed(checkpoints: Any, params: Any, tx: optax.GradientTransformation, args: argparse.Namespace) -> Any:
@@ -80,14 +80,14 @@ def resumed(checkpoints: Any, params: Any, tx: optax.GradientTransformation, arg
     """
     if checkpoints.latest is None:
         return 0, params, first_state(tx, params)
-    step, params, state, extra = checkpoints.load(jlora.unwrap(params), state=abstract_state(tx, params))
-    settings = extra["settings"]
+    base = jlora.unwrap(params)
+    settings = checkpoints.load(base, check_base=False).extra["settings"]
     if differing := [name for name in SETTINGS if settings[name] != getattr(args, name)]:
         told = ", ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in differing)
         raise PodError(
             f"{args.checkpoints} holds a job with {told}: give these settings, or another --out and --checkpoints"
         )
-    return step, params, state
+    return checkpoints.load(base, state=abstract_state(tx, params))[:3]
 
 
 def save(checkpoints: Any, step: int, params: Any, state: Any, loss: float, args: argparse.Namespace) -> None:
@@ -100,6 +100,11 @@ def flags(stop: Stop, mesh: Mesh) -> jax.Array:
     """Returns the signals of all processes: on each device that of its process."""
     sharding = NamedSharding(mesh, jax.P(AXES))
     return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([stop.signal], np.int32))
+
+
+def alone(stop: Stop) -> int:
+    """Returns the signal of a process without others, which need not wait for the next step to agree on it."""
+    return stop.signal if jax.process_count() == 1 else 0
 
 
 def name_of(number: int) -> str:

@@ -54,7 +54,7 @@ def train_step(
         total, _ = lax.scan(add, zero, batch["ids"])
         loss, grads = jax.tree.map(lambda x: x / len(batch["ids"]), total)
         updates, state = tx.update(grads, state, params)
-        told = {"loss": loss, "gradient_norm": optax.global_norm(grads), "learning_rate": schedule(batch["step"])}
+        told = {"loss": loss, "gradient_norm": optax.tree.norm(grads), "learning_rate": schedule(batch["step"])}
         return optax.apply_updates(params, updates), state, told | {"stop": batch["stop"].max()}
 
     places = jax.tree.map(lambda x: x.sharding, (params, state))
