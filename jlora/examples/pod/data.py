@@ -15,7 +15,7 @@ PLACE = jax.P(None, ROWS, None)
 
 def shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
     """Returns an endless row of rows: all of them in a new order, again and again; each is found by its place."""
-    return grain.MapDataset.source(rows).shuffle(seed=seed).repeat()
+    return grain.MapDataset.source(list(rows)).shuffle(seed=seed).repeat()
 
 
 def batches(
