@@ -207,10 +207,8 @@ def test_a_disk_that_refuses_is_told(api, tmp_path):
     checkpoints = saved(tmp_path / "run", [1])
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file where the directory was")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="FileExistsError"):
         checkpoints.save(2, tree_of())
-        checkpoints.wait()
-    assert checkpoints.steps == [1]
 
 
 def damaged(directory, what):
@@ -231,7 +229,14 @@ def damaged(directory, what):
         shutil.rmtree(directory / "run")
 
 
-WAYS = ["about is cut", "about is gone", "about is another", "the adapter is gone", "nothing is there", "the run is gone"]
+WAYS = [
+    "about is cut",
+    "about is gone",
+    "about is another",
+    "the adapter is gone",
+    "nothing is there",
+    "the run is gone",
+]
 
 
 @pytest.mark.parametrize("what", WAYS)
