@@ -1,4 +1,4 @@
-"""What each process of a job does in the tests: ``python -m tests.checkpoint.pod save|load|differ|endless|few_bytes directory api``."""
+"""What each process of a job does in the tests: ``python -m tests.checkpoint.pod save directory api``, and so on."""
 
 import itertools
 import sys
