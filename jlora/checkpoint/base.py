@@ -77,8 +77,8 @@ def _group(x: Any) -> Any:
     """What arrays that one program can read have in common; None: they are not on devices."""
     if not isinstance(x, jax.Array):
         return None
-    named = isinstance(x.sharding, NamedSharding) and not x.sharding.mesh.empty
-    return x.sharding.mesh if named else frozenset(x.sharding.device_set)
+    at = x.sharding
+    return at.mesh if isinstance(at, NamedSharding) and not at.mesh.empty else frozenset(at.device_set)
 
 
 def _bytes(group: Any, arrays: Mapping[str, Any]) -> Sequence[np.ndarray]:
@@ -123,8 +123,8 @@ def _here(
     mesh: Any, spec: PartitionSpec, shape: tuple[int, ...], part: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Which of the sampled elements this device has and no other device tells, and their indices in its part."""
-    spec = (*spec, *[None] * (len(shape) - len(spec)))
-    axes = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    parts = (*spec, *[None] * (len(shape) - len(spec)))
+    axes = [(names,) if isinstance(names, str) else tuple(names or ()) for names in parts]
     is_first = [lax.axis_index(name) == 0 for name in mesh.axis_names if all(name not in names for names in axes)]
     is_mine, at = functools.reduce(jnp.logical_and, is_first, jnp.array(True)), []
     for place, names, size in zip(_places(shape), axes, part, strict=True):

@@ -33,5 +33,18 @@ def gather(value: Any) -> list[Any]:
 
 
 def agreed(look: Callable[[], Any]) -> Any:
-    """What the first process sees on the disk, on all of them: the others might look before it or after."""
-    return gather(look() if jax.process_index() == 0 else None)[0]
+    """What the first process sees or does on the disk, on all of them: the others might look before it or after.
+
+    Raises:
+      OSError: in all of them, if it could not.
+    """
+    seen, fault = None, None
+    if jax.process_index() == 0:
+        try:
+            seen = look()
+        except OSError as error:
+            fault = f"{type(error).__name__}: {error}"
+    seen, fault = gather([seen, fault])[0]
+    if fault:
+        raise OSError(fault)
+    return seen

@@ -42,7 +42,7 @@ class Checkpoints:
     Args:
       directory: of the run; made if it is not there. One job at a time may save into it.
       keep_last: how many of the last steps are kept; None: all.
-      keep_best: how many more of the best.
+      keep_best: how many of the best are kept too.
       metric: which of the metrics says what is best.
       mode: "min" or "max": whether a smaller or a larger metric is better.
       background: `save` returns before the files are written.
@@ -137,11 +137,8 @@ class Checkpoints:
         state_arrays, state_told = contents_of(state)
         arrays = {ADAPTER: values} | ({STATE: state_arrays} if state_arrays else {})
         texts = {ABOUT: told, RUN: {"metrics": numbers, "extra": extra, "state": state_told}}
-        if not self._is_writer:
-            agreed(lambda: _clean(self.directory))
-            self._is_writer = True
         at = self.directory / str(step)
-        replace = agreed(lambda: at.exists())  # no whole step: what an interrupted deletion has left
+        replace = agreed(lambda: self._prepared(at))
         self._pending = step, numbers, backend.write(at, arrays, texts, replace)
         if not self.background:
             self.wait()
@@ -160,6 +157,14 @@ class Checkpoints:
                 f"Checkpoints.save: processes give different steps, metrics or extras: {given}. What each process has "
                 "of its own goes through jlora.checkpoint.gather"
             )
+
+    def _prepared(self, at: Any) -> bool:
+        """Makes room for a step; whether something is to be replaced: what an interrupted deletion has left."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._is_writer:
+            _clean(self.directory)
+            self._is_writer = True
+        return at.exists()
 
     def wait(self) -> None:
         """Waits for what is being written, raises what went wrong there, and deletes the steps that are not kept."""
@@ -264,7 +269,6 @@ def _is_ours(path: Any) -> bool:
 
 def _clean(directory: Any) -> None:
     """Deletes what a killed run was writing."""
-    directory.mkdir(parents=True, exist_ok=True)
     for path in [*directory.iterdir()]:
         step, mark, _ = path.name.partition(_UNFINISHED)
         if mark and step.isdecimal():

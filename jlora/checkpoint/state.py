@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.checkpoint import backend
@@ -43,7 +42,7 @@ def restored(directory: Any, state: Any, told: Mapping[str, Any], tree: Any) -> 
         return None
     pairs, treedef = jax.tree_util.tree_flatten_with_path(state)
     _check(directory, contents_of(state)[1], told)
-    places = {keys: x for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+    places = dict(jax.tree_util.tree_leaves_with_path(tree))
     targets = {jax.tree_util.keystr(keys): _target(keys, x, places) for keys, x in pairs}
     values = backend.read_arrays(directory, STATE, targets) if targets else {}
     return treedef.unflatten([values[jax.tree_util.keystr(keys)] for keys, _ in pairs])

@@ -1,5 +1,6 @@
-"""What each process of a job does in the tests: ``python -m tests.checkpoint.pod save|load|check|fail directory``."""
+"""What each process of a job does in the tests: ``python -m tests.checkpoint.pod save directory api``, and so on."""
 
+import itertools
 import sys
 
 from tests.processes import join
@@ -108,10 +109,28 @@ def differ(directory):
         raise AssertionError("different extras were taken")
 
 
+def endless(directory):
+    """Loads the last step, compares it with what was saved, and goes on saving until it is killed."""
+    checkpoints = jlora.checkpoint.Checkpoints(f"{directory}/run", keep_last=2)
+    first, wrapped = 0, jlora.wrap(params(), SPEC)
+    if checkpoints.latest is not None:
+        found = checkpoints.load(params(), state=trained(wrapped, 0)[1])
+        first = found.extra + 1
+        for ours, theirs in zip((found.tree, found.state), trained(wrapped, found.step), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, whole(ours), whole(theirs))
+    print("loaded", first - 1, flush=True)
+    for step in itertools.count(first):
+        tree, state = trained(wrapped, step)
+        checkpoints.save(step, tree, state=state, extra=step)
+        print("saved", step, flush=True)
+
+
 def few_bytes(directory):
     """The program that samples the base exchanges some bytes of each leaf, in one exchange."""
     leaves = jax.tree.leaves(params())
-    program = base._of_mesh(leaves[0].sharding.mesh, tuple(x.sharding.spec for x in leaves), tuple(x.shape for x in leaves))
+    program = base._of_mesh(
+        leaves[0].sharding.mesh, tuple(x.sharding.spec for x in leaves), tuple(x.shape for x in leaves)
+    )
     text = program.lower(leaves).compile().as_text()
     exchanges = [line for line in text.splitlines() if any(f" {name}(" in line for name in EXCHANGES)]
     assert len(exchanges) == 1 and f"u32[{len(leaves) * base.SAMPLES * 4}]" in exchanges[0], exchanges
@@ -122,5 +141,7 @@ EXCHANGES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "al
 if __name__ == "__main__":
     command, directory, api, *more = sys.argv[1:]
     backend.newest = lambda: api
-    {"save": save, "load": load, "differ": differ, "few_bytes": few_bytes}[command](directory, *more)
+    {"save": save, "load": load, "differ": differ, "endless": endless, "few_bytes": few_bytes}[command](
+        directory, *more
+    )
     print("done", jax.process_index(), "of", jax.process_count())

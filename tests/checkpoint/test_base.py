@@ -73,7 +73,11 @@ def test_any_value_that_is_sampled_counts():
 def test_what_trains_or_is_abstract_has_no_sample():
     import jlora
 
-    leaves = {"full": jlora.TrainableParam(jnp.ones(3)), "plan": jax.ShapeDtypeStruct((2,), jnp.float32), "name": "text"}
+    leaves = {
+        "full": jlora.TrainableParam(jnp.ones(3)),
+        "plan": jax.ShapeDtypeStruct((2,), jnp.float32),
+        "name": "text",
+    }
     assert base.told(leaves) == {
         "full": {"shape": [3], "dtype": "float32"},
         "plan": {"shape": [2], "dtype": "float32"},
