@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import jlora
@@ -73,6 +74,7 @@ class Layer(nn.Module):
     kv_heads: int
     hidden: int
     dtype: Any
+    activations: jax.P | None
 
     @nn.compact
     def __call__(
@@ -81,13 +83,16 @@ class Layer(nn.Module):
         norm = partial(nn.RMSNorm, epsilon=EPSILON, dtype=self.dtype)
         attention = Attention(self.heads, self.kv_heads, self.dtype, name="attention")
         mixed, cache = attention(norm(name="attention_norm")(x), angles, mask, cache, start)
-        x = x + mixed
-        return x + Mlp(self.hidden, self.dtype, name="mlp")(norm(name="mlp_norm")(x)), cache
+        x = x + checkpoint_name(mixed, "attention")
+        x = x + checkpoint_name(Mlp(self.hidden, self.dtype, name="mlp")(norm(name="mlp_norm")(x)), "mlp")
+        return on_mesh(x, self.activations), cache
 
 
 class SmolLM2(nn.Module):
     """Token ids (batch, length) to logits (batch, length, vocab); `remat` recomputes layers in the backward pass.
 
+    All of a layer but what has one of the names `saved` ("attention", "mlp": what each adds) is recomputed.
+    `activations` says how (batch, length, width) lies on the mesh of `jax.set_mesh`.
     Given a cache of earlier tokens' keys and values, `ids` go at position `start` of it, where they must fit, and the
     result is the logits and the new cache.
     """
@@ -100,6 +105,8 @@ class SmolLM2(nn.Module):
     layers: int = 30
     dtype: Any = jnp.float32
     remat: bool = False
+    saved: tuple[str, ...] = ()
+    activations: jax.P | None = None
 
     @nn.compact
     def __call__(self, ids: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0) -> Any:
@@ -107,7 +114,8 @@ class SmolLM2(nn.Module):
         keys = jnp.arange(ids.shape[1] if cache is None else cache[0].shape[2])
         mask = (positions[:, None] >= keys)[None, None]  # (1, 1, length, keys): the past and the token itself
         embed = nn.Embed(self.vocab, self.width, dtype=self.dtype, name="embed")
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        policy = jax.checkpoint_policies.save_only_these_names(*self.saved)
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy) if self.remat else Layer
         axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, angles, mask, start
         scanned = nn.scan(
             layer,
@@ -116,8 +124,9 @@ class SmolLM2(nn.Module):
             in_axes=axes,
             length=self.layers,
         )
-        layers = scanned(self.heads, self.kv_heads, self.hidden, self.dtype, name="layers")
-        x, new = layers(embed(ids), cache, rope_angles(positions, self.width // self.heads), mask, start)
+        layers = scanned(self.heads, self.kv_heads, self.hidden, self.dtype, self.activations, name="layers")
+        x = on_mesh(embed(ids), self.activations)
+        x, new = layers(x, cache, rope_angles(positions, self.width // self.heads), mask, start)
         logits = embed.attend(nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x))
         return logits if cache is None else (logits, new)
 
@@ -128,6 +137,11 @@ class SmolLM2(nn.Module):
 
 
 PRETRAINED = SmolLM2()
+
+
+def on_mesh(x: jax.Array, spec: jax.P | None) -> jax.Array:
+    """Returns x, laid out on the mesh as the spec says."""
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def rope_angles(positions: jax.Array, size: int) -> jax.Array:

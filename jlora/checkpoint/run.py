@@ -1,0 +1,281 @@
+"""The checkpoints of a training run: a directory for each step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+
+from jlora.checkpoint import adapter, backend
+from jlora.checkpoint.adapter import ABOUT, ADAPTER
+from jlora.checkpoint.processes import agreed, gather
+from jlora.checkpoint.state import STATE, contents_of, restored
+from jlora.nodes import AdaptedParam
+
+RUN = "run"
+_OURS = {ADAPTER, ABOUT, STATE, RUN, "_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint"}
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Saved(NamedTuple):
+    """What `Checkpoints.load` returns."""
+
+    step: int
+    tree: Any
+    state: Any
+    extra: Any
+
+
+class Checkpoints:
+    """The last and the best checkpoints of a run, each in a directory of its own: ``run/100``.
+
+    A step is written to a directory beside, which gets its name when all is there: whenever a run is killed, the last
+    whole step loads, and nothing else is offered. Where several processes run, all of them make the same calls. A
+    step's directory is one of `jlora.checkpoint.load` too.
+
+    Used as a context it waits at its end for what is still being written.
+
+    Args:
+      directory: of the run; made if it is not there. One job at a time may save into it.
+      keep_last: how many of the last steps are kept; None: all.
+      keep_best: how many of the best are kept too.
+      metric: which of the metrics says what is best.
+      mode: "min" or "max": whether a smaller or a larger metric is better.
+      background: `save` returns before the files are written.
+
+    Raises:
+      ValueError: if `keep_last`, `keep_best`, `metric` and `mode` don't fit.
+
+    Warns:
+      UserWarning: if a step is not whole; it is passed over.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora, optax
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> tree = jlora.wrap(params, jlora.LoraSpec(rank=2))
+      >>> state = jlora.optimizer(optax.adam(1e-3), tree).init(tree)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     with jlora.checkpoint.Checkpoints(directory, keep_last=2) as checkpoints:
+      ...         for step in (10, 20, 30):
+      ...             checkpoints.save(step, tree, state=state, extra={"epoch": 0})
+      ...     again = jlora.checkpoint.Checkpoints(directory)
+      ...     saved = again.load(params, state=state)
+      >>> again.steps, saved.step, saved.extra
+      ([20, 30], 30, {'epoch': 0})
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep_last: int | None = 2,
+        keep_best: int = 0,
+        metric: str | None = None,
+        mode: str = "min",
+        background: bool = True,
+    ) -> None:
+        _check_settings(keep_last, keep_best, metric, mode)
+        self.directory = backend.path_of(directory)
+        self.keep_last, self.keep_best, self.metric, self.mode = keep_last, keep_best, metric, mode
+        self.background = background
+        self._metrics: dict[int, dict[str, float]] = {}  # of each whole step
+        self._pending: tuple[int, dict[str, float], Callable[[], None]] | None = None
+        self._is_writer = False
+        found, faults = agreed(lambda: _whole_steps(self.directory))
+        self._metrics = {int(step): metrics for step, metrics in found.items()}
+        for fault in faults:
+            warnings.warn(f"{fault}; this step is passed over", UserWarning, stacklevel=2)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are whole; one that is still being written is not among them until `wait`, or `save`."""
+        return sorted(self._metrics)
+
+    @property
+    def latest(self) -> int | None:
+        """The last whole step."""
+        return max(self._metrics, default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The best whole step by the metric; of equal ones the last."""
+        return next(iter(self._by_metric()), None)
+
+    def _by_metric(self) -> list[int]:
+        sign = 1 if self.mode == "min" else -1
+        score = {step: sign * metrics.get(self.metric or "", math.nan) for step, metrics in self._metrics.items()}
+        known = [step for step in score if not math.isnan(score[step])]
+        return sorted(known, key=lambda step: (score[step], -step))
+
+    def save(
+        self, step: int, tree: Any, *, state: Any = None, extra: Any = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Saves a step: waits for the one before, copies the arrays, and has them written in the background.
+
+        Args:
+          step: its number.
+          tree: a wrapped tree; its adapter is saved, not its base.
+          state: any pytree of arrays, such as an optimizer's state.
+          extra: any JSON, the same in all processes: what each has of its own goes through `gather`, as in
+            ``extra={"data": gather(iterator.get_state())}``.
+          metrics: numbers by name, the same in all processes.
+
+        Raises:
+          FileExistsError: if the step is there already.
+          TypeError: if nothing in the tree is wrapped, or `extra` is no JSON.
+          ValueError: if processes give different metrics or extras, or the metrics lack the one that says what is best.
+          Exception: what went wrong when the step before was written.
+        """
+        self.wait()
+        values, told = adapter.contents("Checkpoints.save", tree)
+        numbers = {name: float(x) for name, x in (metrics or {}).items()}
+        self._check_step(step, numbers, extra)
+        state_arrays, state_told = contents_of(state)
+        arrays = {ADAPTER: values} | ({STATE: state_arrays} if state_arrays else {})
+        texts = {ABOUT: told, RUN: {"metrics": numbers, "extra": extra, "state": state_told}}
+        at = self.directory / str(step)
+        replace = agreed(lambda: self._prepared(at))
+        self._pending = step, numbers, backend.write(at, arrays, texts, replace)
+        if not self.background:
+            self.wait()
+
+    def _check_step(self, step: int, metrics: Mapping[str, float], extra: Any) -> None:
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"Checkpoints.save: step must be a number from 0 on, found {step!r}")
+        if self.metric and metrics and self.metric not in metrics:
+            raise ValueError(f"Checkpoints.save: metrics has no {self.metric!r}; it has {', '.join(metrics)}")
+        at = self.directory / str(step)
+        if fault := agreed(lambda: _fault(at, step in self._metrics)):
+            raise FileExistsError(fault)
+        given = gather({"step": step, "metrics": metrics, "extra": extra})
+        if any(other != given[0] and str(other) != str(given[0]) for other in given):
+            raise ValueError(
+                f"Checkpoints.save: processes give different steps, metrics or extras: {given}. What each process has "
+                "of its own goes through jlora.checkpoint.gather"
+            )
+
+    def _prepared(self, at: Any) -> bool:
+        """Makes room for a step; whether something is to be replaced: what an interrupted deletion has left."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._is_writer:
+            _clean(self.directory)
+            self._is_writer = True
+        return at.exists()
+
+    def wait(self) -> None:
+        """Waits for what is being written, raises what went wrong there, and deletes the steps that are not kept."""
+        if self._pending is None:
+            return
+        (step, metrics, done), self._pending = self._pending, None
+        done()
+        self._metrics[step] = metrics
+        self._prune(step)
+
+    def _prune(self, written: int) -> None:
+        if self.keep_last is None:
+            return
+        kept = {written, *self.steps[-self.keep_last :], *self._by_metric()[: self.keep_best]}
+        for step in {*self.steps} - kept:
+            del self._metrics[step]
+            if jax.process_index() == 0:
+                _delete(self.directory / str(step))
+
+    def load(
+        self,
+        params: Any,
+        *,
+        state: Any = None,
+        step: int | None = None,
+        variants: Sequence[type[AdaptedParam]] = (),
+        check_base: bool = True,
+    ) -> Saved:
+        """Loads a step, by default the last whole one.
+
+        Args:
+          params: the base, plain; the adapter is placed as it is.
+          state: what was saved as `state`, concrete or abstract (`jax.eval_shape` of what makes it): its structure,
+            shapes and types. An array that has a sharding here lies there; one that has none lies as the leaf of the
+            tree that it belongs to (a moment as its factor), or else whole on each device of the base's mesh.
+          step: another step.
+          variants: as in `jlora.checkpoint.load`.
+          check_base: as in `jlora.checkpoint.load`.
+
+        Returns:
+          The step, the wrapped tree, the state (None if none is asked for) and the extra.
+
+        Raises:
+          FileNotFoundError: if there is no such step.
+          ValueError: if the base or the state is another, or the files are damaged.
+        """
+        self.wait()
+        step = self.latest if step is None else step
+        if step is None or step not in self._metrics:
+            wanted = "no whole step" if step is None else f"no whole step {step}; it has {self.steps}"
+            raise FileNotFoundError(f"Checkpoints.load: {self.directory} has {wanted}")
+        at = self.directory / str(step)
+        tree = adapter.load(at, params, variants=variants, check_base=check_base)
+        told = backend.read_json(at, RUN)
+        return Saved(step, tree, restored(at, state, told["state"], tree), told["extra"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+
+def _check_settings(keep_last: int | None, keep_best: int, metric: str | None, mode: str) -> None:
+    if keep_last is not None and keep_last < 1:
+        raise ValueError(f"Checkpoints: keep_last must be at least 1, or None for all, found {keep_last}")
+    if keep_best < 0 or (keep_best and metric is None):
+        raise ValueError(f"Checkpoints: keep_best={keep_best} needs metric=, the name of one of the metrics")
+    if mode not in ("min", "max"):
+        raise ValueError(f'Checkpoints: mode must be "min" or "max", found {mode!r}')
+
+
+def _step_directories(directory: Any) -> Iterator[Any]:
+    if directory.is_dir():
+        yield from (path for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def _whole_steps(directory: Any) -> tuple[dict[int, dict[str, float]], list[str]]:
+    """The metrics of each whole step, and what is wrong with the others."""
+    found, faults = {}, []
+    for path in _step_directories(directory):
+        try:
+            adapter.describe(path)
+            found[int(path.name)] = backend.read_json(path, RUN)["metrics"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            faults.append(f"{path} is no whole checkpoint: {error}")
+    return found, faults
+
+
+def _fault(path: Any, is_whole: bool) -> str | None:
+    """Why a step can't be written; None if it can."""
+    if is_whole:
+        return f"Checkpoints.save: {path} is there already; move it away to write this step anew"
+    if path.exists() and not _is_ours(path):
+        return f"Checkpoints.save: {path} is there and is no checkpoint of a step; move it away"
+    return None
+
+
+def _is_ours(path: Any) -> bool:
+    return path.is_dir() and all(entry.name in _OURS for entry in path.iterdir())
+
+
+def _clean(directory: Any) -> None:
+    """Deletes what a killed run was writing."""
+    for path in [*directory.iterdir()]:
+        step, mark, _ = path.name.partition(_UNFINISHED)
+        if mark and step.isdecimal():
+            path.rmtree()
+
+
+def _delete(path: Any) -> None:
+    """Deletes a step, first what makes it one: killed in between, it is not taken for whole."""
+    (path / ABOUT).rmtree()
+    path.rmtree()
