@@ -78,6 +78,42 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
     return jax.tree.map(_own, tree, is_leaf=is_node)
 
 
+def of_state(state: Any, tree: Any) -> Any:
+    """The sharding of each leaf of an optimizer's state: that of the leaf of the tree that it follows, or whole.
+
+    A moment follows a factor: its path ends as the factor's does, and it has its shape.
+
+    Args:
+      state: what the optimizer makes of the tree, abstract or not: ``jax.eval_shape(tx.init, tree)``.
+      tree: a wrapped tree, placed or with places.
+
+    Returns:
+      The structure of `state` with a `jax.sharding.NamedSharding` for each leaf, whole on each device where it follows
+      nothing; None where `tree` lies on no mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+      >>> kernel = jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("fsdp", "tensor")))
+      >>> tree = jlora.wrap({"kernel": kernel}, jlora.LoraSpec(rank=2))
+      >>> tx = jlora.optimizer(optax.adam(1e-3), tree)
+      >>> places = jlora.sharding.of_state(jax.eval_shape(tx.init, tree), tree)
+      >>> state = jax.jit(tx.init, out_shardings=places)(tree)
+      >>> state.inner_states["trainable"].inner_state[0].mu["kernel"].lora_a.sharding.spec
+      P('fsdp', None)
+    """
+    leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
+    mesh = next((at.mesh for at in map(sharding_of, leaves.values()) if at is not None), None)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple[Any, ...], x: Any) -> NamedSharding | None:
+        followed = (leaves[path[i:]] for i in range(len(path)) if path[i:] in leaves)
+        return next((sharding_of(leaf) for leaf in followed if leaf.shape == x.shape), None) or whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
 def _by_path(base_specs: Any) -> dict[str, PartitionSpec]:
     paths, leaves, _ = flatten(base_specs, lambda x: x is None or isinstance(x, (PartitionSpec, Sharding)))
     return {path: _as_spec(path, leaf) for path, leaf in zip(paths, leaves, strict=True)}

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora import sharding
 from jlora.axes import Axes
@@ -66,14 +65,10 @@ def empty(path: str, told: Mapping[str, Any], variants: Sequence[type[AdaptedPar
 def targets(node: Any, base: Any, told: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays to be had: each to lie beside the base."""
     shapes = {name: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"])) for name, x in told["arrays"].items()}
-    at = getattr(base, "sharding", None)
-    if not isinstance(at, NamedSharding):
+    placed = sharding.of_node(filled(node, None, shapes), base)
+    if placed is None:
         return shapes
-    filled_node = filled(node, None, shapes)
-    placed = sharding.of_node(filled_node, base) if hasattr(node, "axes") else None
-    whole = NamedSharding(at.mesh, PartitionSpec())
-    like_base = {name: at if x.shape == base.shape else whole for name, x in shapes.items()}
-    places = arrays(placed) if placed is not None else like_base
+    places = arrays(placed)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in shapes.items()}
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
+from jlora import sharding
 from jlora.checkpoint import backend
 
 STATE = "state"
@@ -42,8 +43,8 @@ def restored(directory: Any, state: Any, told: Mapping[str, Any], tree: Any) -> 
         return None
     pairs, treedef = jax.tree_util.tree_flatten_with_path(state)
     _check(directory, contents_of(state)[1], told)
-    places = dict(jax.tree_util.tree_leaves_with_path(tree))
-    targets = {jax.tree_util.keystr(keys): _target(keys, x, places) for keys, x in pairs}
+    beside = treedef.flatten_up_to(sharding.of_state(state, tree))
+    targets = {jax.tree_util.keystr(keys): _target(x, place) for (keys, x), place in zip(pairs, beside, strict=True)}
     values = backend.read_arrays(directory, STATE, targets) if targets else {}
     return treedef.unflatten([values[jax.tree_util.keystr(keys)] for keys, _ in pairs])
 
@@ -61,26 +62,15 @@ def _text(told: Mapping[str, Any], name: str) -> str:
     return f"{told[name]['dtype']}{told[name]['shape']}" if name in told else "missing"
 
 
-def _target(keys: tuple[Any, ...], leaf: Any, places: Mapping[tuple[Any, ...], Any]) -> Any:
+def _target(leaf: Any, beside: NamedSharding | None) -> Any:
     """What is to be read for a leaf: as it is, or with the place of what it belongs to."""
     if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(keys, leaf, places))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_place(leaf, beside))
 
 
-def _place(keys: tuple[Any, ...], leaf: Any, places: Mapping[tuple[Any, ...], Any]) -> Any:
+def _place(leaf: Any, beside: NamedSharding | None) -> Any:
     at = leaf.sharding
     if isinstance(leaf, jax.Array):
         return at if leaf.committed or len(at.device_set) > 1 else None
-    if isinstance(at, NamedSharding) and isinstance(at.mesh, Mesh):
-        return at
-    belongs = next((places[keys[i:]] for i in range(len(keys)) if keys[i:] in places), None)
-    if belongs is not None and belongs.shape == leaf.shape and _mesh(belongs):
-        return belongs.sharding
-    mesh = next(filter(None, map(_mesh, places.values())), None)
-    return NamedSharding(mesh, PartitionSpec()) if mesh else None
-
-
-def _mesh(x: Any) -> Mesh | None:
-    at = getattr(x, "sharding", None)
-    return at.mesh if isinstance(at, NamedSharding) and isinstance(at.mesh, Mesh) and not at.mesh.empty else None
+    return at if isinstance(at, NamedSharding) and isinstance(at.mesh, Mesh) else beside

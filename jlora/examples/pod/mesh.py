@@ -108,18 +108,3 @@ def spec_of(path: str) -> jax.P:
 
 def _placed(x: Any, sharding: NamedSharding, dtype: Any) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index], dtype))
-
-
-def placed_like(params: Any, state: Any) -> Any:
-    """Returns the shapes of an optimizer's state with places: those of the parameters that it follows, or whole.
-
-    What a leaf of the state follows is told by the end of its path.
-    """
-    places = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
-    whole = NamedSharding(next(iter(places.values())).mesh, jax.P())
-
-    def place(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
-        followed = (places[path[i:]] for i in range(len(path)) if path[i:] in places)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(followed, whole))
-
-    return jax.tree.map_with_path(place, state)

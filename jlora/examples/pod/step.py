@@ -10,7 +10,6 @@ import optax
 from jax import lax
 
 import jlora
-from jlora.examples.pod.mesh import placed_like
 from jlora.examples.smollm2 import SmolLM2, next_token_losses
 
 CLIP = 1.0
@@ -23,12 +22,14 @@ def optimizer(params: Any, schedule: optax.Schedule) -> optax.GradientTransforma
 
 def abstract_state(tx: optax.GradientTransformation, params: Any) -> Any:
     """Returns the shapes of the optimizer's state, placed as what it follows."""
-    return placed_like(params, jax.eval_shape(tx.init, params))
+    state = jax.eval_shape(tx.init, params)
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, state, jlora.sharding.of_state(state, params))
 
 
 def first_state(tx: optax.GradientTransformation, params: Any) -> Any:
     """Returns the optimizer's state before the first step, on the mesh."""
-    places = jax.tree.map(lambda x: x.sharding, abstract_state(tx, params))
+    places = jlora.sharding.of_state(jax.eval_shape(tx.init, params), params)
     return jax.jit(tx.init, out_shardings=places)(params)
 
 
