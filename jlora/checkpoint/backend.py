@@ -64,8 +64,7 @@ def write(
 def _writable(x: Any) -> Any:
     """An array that Orbax writes once: one of this process alone is the same in each of them."""
     is_local = isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.array(x) if is_local and not is_key else x
+    return np.array(x) if is_local else x
 
 
 def _write_v1(directory: Any, arrays: Mapping[str, Any], texts: Mapping[str, Any], overwrite: bool) -> Any:
@@ -149,21 +148,11 @@ def read_arrays(directory: Any, name: str, targets: Any) -> Any:
 
 def _asked(target: Any) -> Any:
     """What Orbax is to read: an array without a place as NumPy's, since the place it was saved from may be gone."""
-    if _is_placed(target):
-        return jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=target.sharding)
-    if jnp.issubdtype(target.dtype, jax.dtypes.prng_key):
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=here)
-    return np.empty(target.shape, target.dtype)
+    return target if getattr(target, "sharding", None) is not None else np.empty(target.shape, target.dtype)
 
 
 def _given(target: Any, found: Any) -> Any:
-    is_numpy = isinstance(target, np.ndarray) or not isinstance(found, np.ndarray)
-    return found if is_numpy else jnp.asarray(found)
-
-
-def _is_placed(target: Any) -> bool:
-    return getattr(target, "sharding", None) is not None
+    return found if isinstance(target, np.ndarray) else jnp.asarray(found)
 
 
 def _read_v1(directory: Any, name: str, targets: Any) -> Any:

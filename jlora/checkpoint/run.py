@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
 
-from jlora.checkpoint import adapter, backend
+from jlora.checkpoint import adapter, backend, steps
 from jlora.checkpoint.adapter import ABOUT, ADAPTER
 from jlora.checkpoint.processes import agreed, gather
 from jlora.checkpoint.state import STATE, contents_of, restored
+from jlora.checkpoint.steps import RUN
 from jlora.nodes import AdaptedParam
-
-RUN = "run"
-_OURS = {ADAPTER, ABOUT, STATE, RUN, "_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint"}
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Saved(NamedTuple):
@@ -85,7 +82,7 @@ class Checkpoints:
         self._metrics: dict[int, dict[str, float]] = {}  # of each whole step
         self._pending: tuple[int, dict[str, float], Callable[[], None]] | None = None
         self._is_writer = False
-        found, faults = agreed(lambda: _whole_steps(self.directory))
+        found, faults = agreed(lambda: steps.whole_steps(self.directory))
         self._metrics = {int(step): metrics for step, metrics in found.items()}
         for fault in faults:
             warnings.warn(f"{fault}; this step is passed over", UserWarning, stacklevel=2)
@@ -119,14 +116,14 @@ class Checkpoints:
         Args:
           step: its number.
           tree: a wrapped tree; its adapter is saved, not its base.
-          state: any pytree of arrays, such as an optimizer's state.
+          state: any pytree of arrays of numbers, such as an optimizer's state.
           extra: any JSON, the same in all processes: what each has of its own goes through `gather`, as in
             ``extra={"data": gather(iterator.get_state())}``.
           metrics: numbers by name, the same in all processes.
 
         Raises:
           FileExistsError: if the step is there already.
-          TypeError: if nothing in the tree is wrapped, or `extra` is no JSON.
+          TypeError: if nothing in the tree is wrapped, the state has something else than arrays, or `extra` is no JSON.
           ValueError: if processes give different metrics or extras, or the metrics lack the one that says what is best.
           Exception: what went wrong when the step before was written.
         """
@@ -149,7 +146,7 @@ class Checkpoints:
         if self.metric and metrics and self.metric not in metrics:
             raise ValueError(f"Checkpoints.save: metrics has no {self.metric!r}; it has {', '.join(metrics)}")
         at = self.directory / str(step)
-        if fault := agreed(lambda: _fault(at, step in self._metrics)):
+        if fault := agreed(lambda: steps.fault(at, step in self._metrics)):
             raise FileExistsError(fault)
         given = gather({"step": step, "metrics": metrics, "extra": extra})
         if any(other != given[0] and str(other) != str(given[0]) for other in given):
@@ -162,7 +159,7 @@ class Checkpoints:
         """Makes room for a step; whether something is to be replaced: what an interrupted deletion has left."""
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._is_writer:
-            _clean(self.directory)
+            steps.clean(self.directory)
             self._is_writer = True
         return at.exists()
 
@@ -182,7 +179,7 @@ class Checkpoints:
         for step in {*self.steps} - kept:
             del self._metrics[step]
             if jax.process_index() == 0:
-                _delete(self.directory / str(step))
+                steps.delete(self.directory / str(step))
 
     def load(
         self,
@@ -235,47 +232,3 @@ def _check_settings(keep_last: int | None, keep_best: int, metric: str | None, m
         raise ValueError(f"Checkpoints: keep_best={keep_best} needs metric=, the name of one of the metrics")
     if mode not in ("min", "max"):
         raise ValueError(f'Checkpoints: mode must be "min" or "max", found {mode!r}')
-
-
-def _step_directories(directory: Any) -> Iterator[Any]:
-    if directory.is_dir():
-        yield from (path for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
-
-
-def _whole_steps(directory: Any) -> tuple[dict[int, dict[str, float]], list[str]]:
-    """The metrics of each whole step, and what is wrong with the others."""
-    found, faults = {}, []
-    for path in _step_directories(directory):
-        try:
-            adapter.describe(path)
-            found[int(path.name)] = backend.read_json(path, RUN)["metrics"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            faults.append(f"{path} is no whole checkpoint: {error}")
-    return found, faults
-
-
-def _fault(path: Any, is_whole: bool) -> str | None:
-    """Why a step can't be written; None if it can."""
-    if is_whole:
-        return f"Checkpoints.save: {path} is there already; move it away to write this step anew"
-    if path.exists() and not _is_ours(path):
-        return f"Checkpoints.save: {path} is there and is no checkpoint of a step; move it away"
-    return None
-
-
-def _is_ours(path: Any) -> bool:
-    return path.is_dir() and all(entry.name in _OURS for entry in path.iterdir())
-
-
-def _clean(directory: Any) -> None:
-    """Deletes what a killed run was writing."""
-    for path in [*directory.iterdir()]:
-        step, mark, _ = path.name.partition(_UNFINISHED)
-        if mark and step.isdecimal():
-            path.rmtree()
-
-
-def _delete(path: Any) -> None:
-    """Deletes a step, first what makes it one: killed in between, it is not taken for whole."""
-    (path / ABOUT).rmtree()
-    path.rmtree()

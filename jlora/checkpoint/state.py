@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jlora import sharding
@@ -18,7 +19,7 @@ def contents_of(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of a state by name, and what is said of them.
 
     Raises:
-      TypeError: if a leaf is no array.
+      TypeError: if a leaf is no array of numbers.
     """
     arrays = {jax.tree_util.keystr(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(state)}
     return arrays, {name: _told(name, x) for name, x in arrays.items()}
@@ -27,6 +28,8 @@ def contents_of(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _told(name: str, x: Any) -> dict[str, Any]:
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"Checkpoints: state{name} is no array but {x!r}; what is no array goes into extra=, as JSON")
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"Checkpoints: state{name} is a random key; put jax.random.key_data(key) in its place")
     return {"shape": list(x.shape), "dtype": str(x.dtype)}
 
 

@@ -3,18 +3,15 @@
 import itertools
 import sys
 
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jlora
+from jlora.checkpoint import backend, base
 from tests.processes import join
-
-join()
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-import jlora  # noqa: E402
-from jlora.checkpoint import backend, base  # noqa: E402
 
 SPEC = jlora.LoraSpec(targets=("up", "down"), rank=2, train=("head",), train_tokens={"table": [1, 4]})
 SPECS = {"up": ("data", "model"), "down": ("model", None), "head": (None, "model"), "table": (("data", "model"), None)}
@@ -139,6 +136,7 @@ def few_bytes(directory):
 EXCHANGES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "all-reduce-start", "all-gather-start")
 
 if __name__ == "__main__":
+    join()
     command, directory, api, *more = sys.argv[1:]
     backend.newest = lambda: api
     {"save": save, "load": load, "differ": differ, "endless": endless, "few_bytes": few_bytes}[command](

@@ -1,5 +1,6 @@
 """The checkpoints of a run: what is saved comes back to the bit, what is kept, and what is refused."""
 
+import gc
 import json
 import shutil
 
@@ -113,15 +114,13 @@ def test_arrays_of_the_state_lie_where_they_are_asked_for(tmp_path):
     mesh = jax.make_mesh((8,), ("x",))
     there = NamedSharding(mesh, PartitionSpec("x"))
     state = {"m": jnp.arange(16.0), "here": jax.device_put(jnp.ones(3), jax.devices()[2]), "host": np.arange(3)}
-    state |= {"key": jax.random.key(7), "f8": jnp.ones(4, jnp.float8_e4m3fn), "none": None, "nan": jnp.float32("nan")}
+    state |= {"f8": jnp.ones(4, jnp.float8_e4m3fn), "none": None, "nan": jnp.float32("nan")}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree_of(), state=state)
     asked = state | {"m": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=there)}
     found = checkpoints.load(PARAMS, state=asked).state
     assert found["m"].sharding == there and found["here"].devices() == {jax.devices()[2]}
-    assert isinstance(found["host"], np.ndarray) and found["key"].dtype == state["key"].dtype
-    bits = lambda tree: jax.tree.map(np.asarray, tree | {"key": jax.random.key_data(tree["key"])})
-    assert same_bits(bits(found), bits(state))
+    assert isinstance(found["host"], np.ndarray) and same_bits(found, state)
 
 
 def test_the_arrays_may_be_donated_at_once(api, tmp_path):
@@ -252,6 +251,8 @@ def test_a_step_that_is_not_whole_is_passed_over(what, tmp_path):
     assert_step(Checkpoints(tmp_path).load(PARAMS, state=state_of(tree_of())), 2)
 
 
+# tensorstore still calls back for the other arrays when the first has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("item", ["adapter", "state"])
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_arrays_that_are_cut_are_refused(api, item, keep, tmp_path):
@@ -262,6 +263,7 @@ def test_arrays_that_are_cut_are_refused(api, item, keep, tmp_path):
     with pytest.raises(ValueError, match=f"{item} can't be read"):
         checkpoints.load(PARAMS, state=state_of(tree_of()))
     assert_step(checkpoints.load(PARAMS, state=state_of(tree_of()), step=1), 1)
+    gc.collect()
 
 
 def test_half_written_steps_are_no_steps_and_are_cleaned_away(tmp_path):
@@ -291,6 +293,8 @@ def test_refusals(tmp_path):
         checkpoints.save(4, PARAMS)
     with pytest.raises(TypeError, match=r"state\['step'\] is no array but 3"):
         checkpoints.save(4, tree_of(), state={"step": 3})
+    with pytest.raises(TypeError, match=r"state\['key'\] is a random key"):
+        checkpoints.save(4, tree_of(), state={"key": jax.random.key(0)})
     with pytest.raises(TypeError, match="JSON"):
         checkpoints.save(4, tree_of(), extra={"data": b"bytes"})
     with pytest.raises(ValueError, match="a number from 0 on"):
