@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program, and how often each runs, from its text (``compiled.as_text()``)."""
+"""Reads the text of a compiled program (``compiled.as_text()``): its collectives, its products, how often each runs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,30 @@ def collectives(text: str) -> list[Collective]:
       ValueError: if the text has no entry computation, or a loop with a collective has no known number of rounds.
     """
     program, entry = computations(text)
-    return list(_walk(program, entry, 1, set()))
+    pieces: set[str] = set()
+    found = []
+    for times, name, made in _runs(program, entry):
+        kind = made.op.removesuffix("-start")
+        if kind in KINDS and not _is_later_piece(made, pieces):
+            kind = "reduce-scatter" if name.startswith(SCATTERED) else kind
+            found.append(Collective(kind, _arrays(made, kind), times, made.attribute(r'op_name="([^"]*)"') or ""))
+    return found
+
+
+def flops(text: str) -> int:
+    """The floating-point operations of a program's products, with every round of its loops.
+
+    ``compiled.cost_analysis()`` counts the body of a loop once, and elementwise operations too.
+    """
+    program, entry = computations(text)
+    results: dict[str, dict[str, Array]] = {}
+    total = 0
+    for times, name, made in _runs(program, entry):
+        if made.op in ("dot", "convolution"):
+            if name not in results:
+                results[name] = {one.name: arrays[0] for one in program[name] if (arrays := _read(one.result))}
+            total += 2 * times * _products(made, results[name])
+    return total
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -100,21 +123,25 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return program, entry
 
 
-def _walk(program: Mapping[str, list[Instruction]], name: str, times: int, pieces: set[str]) -> Iterator[Collective]:
+def _runs(
+    program: Mapping[str, list[Instruction]], name: str, times: int = 1
+) -> Iterator[tuple[int, str, Instruction]]:
+    """Each instruction below a computation: how often it runs, the computation it stands in, and itself."""
     for made in program[name]:
         if made.op.endswith(("-done", "-update")):
             continue
-        if (kind := made.op.removesuffix("-start")) in KINDS:
-            if not _is_later_piece(made, pieces):
-                kind = "reduce-scatter" if name.startswith(SCATTERED) else kind
-                yield Collective(kind, _arrays(made, kind), times, made.attribute(r'op_name="([^"]*)"') or "")
-        elif made.op == "while":
-            inside = list(_walk(program, made.attribute(r"body=%?([\w.\-]+)") or "", 1, pieces))
-            rounds = _rounds(program, made) if inside else 0
-            yield from (dataclasses.replace(c, times=times * rounds * c.times) for c in inside)
+        yield times, name, made
+        if made.op == "while":
+            body = list(_runs(program, made.attribute(r"body=%?([\w.\-]+)") or ""))
+            rounds = _rounds(program, made) if any(_is_counted(one) for _, _, one in body) else 0
+            yield from ((times * rounds * inner, inside, one) for inner, inside, one in body)
         else:
             for called in made.called:
-                yield from _walk(program, called, times, pieces)
+                yield from _runs(program, called, times)
+
+
+def _is_counted(made: Instruction) -> bool:
+    return made.op in ("dot", "convolution") or made.op.removesuffix("-start") in KINDS
 
 
 def _is_later_piece(made: Instruction, pieces: set[str]) -> bool:
@@ -146,17 +173,10 @@ def _rounds(program: Mapping[str, list[Instruction]], loop: Instruction) -> int:
     if known:
         return int(known)
     condition = loop.attribute(r"condition=%?([\w.\-]+)") or ""
-    limits = {int(found) for made in _below(program, condition) if (found := _limit(made))}
+    limits = {int(found) for _, _, made in _runs(program, condition) if (found := _limit(made))}
     if len(limits) != 1:
         raise ValueError(f"collectives: how often {loop.name} runs is not known: its condition has the limits {limits}")
     return limits.pop()
-
-
-def _below(program: Mapping[str, list[Instruction]], name: str) -> Iterator[Instruction]:
-    for made in program[name]:
-        yield made
-        for called in made.called:
-            yield from _below(program, called)
 
 
 def _limit(made: Instruction) -> str | None:
@@ -164,6 +184,40 @@ def _limit(made: Instruction) -> str | None:
     is_integer = made.op == "constant" and re.match(r"[su]\d+\[\]", made.result)
     found = re.match(r"(\d+)\)", made.rest) if is_integer else None
     return found[1] if found and found[1] != "0" else None
+
+
+def _products(made: Instruction, results: Mapping[str, Array]) -> int:
+    """The multiplications of a product of two arrays."""
+    (out,) = _read(made.result)
+    left, right = (results[name] for name in re.findall(r"%?([\w.\-]+)", made.rest.split(")")[0])[:2])
+    if made.op == "dot":
+        over = made.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+        return math.prod(out.shape) * math.prod(left.shape[int(axis)] for axis in over.split(",") if axis)
+    ls, rs, _ = re.split(r"_|->", made.attribute(r"dim_labels=(\w+->\w+)") or "")
+    lhs, rhs = dict(zip(ls, left.shape, strict=True)), dict(zip(rs, right.shape, strict=True))
+    results_of = dict(zip(made.rest.split("->")[1], out.shape, strict=False))
+    groups = int(made.attribute(r"batch_group_count=(\d+)") or 1)
+    hits = math.prod(_hits(lhs[axis], results_of[axis], _window(made, int(axis))) for axis in rs if axis.isdigit())
+    return lhs["b"] // groups * rhs["i"] * rhs["o"] * hits
+
+
+def _window(made: Instruction, axis: int) -> dict[str, int]:
+    """The size, stride, padding before and dilations of a convolution's window on one axis."""
+    fields = dict(part.split("=") for part in (made.attribute(r"window=\{([^}]*)\}") or "").split())
+    at = {name: values.split("x")[axis] for name, values in fields.items()}
+    window = {"stride": 1, "lhs_dilate": 1, "rhs_dilate": 1}
+    return window | {name: int(value.split("_")[0]) for name, value in at.items()}
+
+
+def _hits(size: int, out: int, window: Mapping[str, int]) -> int:
+    """How many pairs of a place of the result and one of the window meet an element, neither padding nor a hole."""
+    places = (
+        place * window["stride"] + step * window["rhs_dilate"] - window.get("pad", 0)
+        for place in range(out)
+        for step in range(window["size"])
+    )
+    end = (size - 1) * window["lhs_dilate"]
+    return sum(0 <= at <= end and at % window["lhs_dilate"] == 0 for at in places)
 
 
 def totals(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
@@ -175,9 +229,12 @@ def totals(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
     return {kind: (counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
 
 
-def moves(found: Iterable[Collective]) -> Counter[tuple[str, tuple[int, ...]]]:
-    """How often an array of each kind and size of axes is moved."""
-    moved: Counter[tuple[str, tuple[int, ...]]] = Counter()
+Moves = Counter[tuple[str, tuple[int, ...]]]
+
+
+def moves(found: Iterable[Collective]) -> Moves:
+    """How often arrays are moved, by the kind of collective and the sizes of their axes."""
+    moved: Moves = Counter()
     for collective in found:
         for array in collective.arrays:
             moved[collective.kind, array.dims] += collective.times
