@@ -158,9 +158,9 @@ def _arrays(made: Instruction, kind: str) -> tuple[Array, ...]:
     arrays = _read(made.result)
     if kind == "reduce-scatter" and made.op != "all-reduce":
         return _read(made.rest.split("), ")[0]) or arrays
-    if made.op in ("all-gather-start", "collective-permute-start"):  # operands, results, then the device's own flags
-        arrays = tuple(array for array in arrays if array.shape)
-        return arrays[len(arrays) // 2 :]
+    if made.op in ("all-gather-start", "collective-permute-start") or made.result.startswith("(("):
+        arrays = tuple(array for array in arrays if array != Array("u32", ()))  # the device's own flags
+        return arrays[len(arrays) // 2 :]  # behind the operands
     return arrays
 
 

@@ -49,8 +49,13 @@ PLACES = {f"{name}_proj": COLUMNS for name in ("q", "k", "v", "gate", "up")} | {
     "embed": PartitionSpec("tensor", "fsdp"),
     "lm_head": PartitionSpec("fsdp", "tensor"),
 }
-# Products by windows, whose gathers are steps of loops, are off: floor and step would take different ones.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+# So that floor and step can be compared: no products by windows, whose gathers are steps of loops and which floor and
+# step would take for different kernels, and no sums of arrays laid end to end, which no longer show what they are of.
+OPTIONS = {
+    "cpu": {},
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
+    "cuda": {"xla_gpu_all_reduce_combine_threshold_bytes": 0, "xla_gpu_reduce_scatter_combine_threshold_bytes": 0},
+}
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -80,6 +85,10 @@ class Case:
     length: int = 2_048
 
     @property
+    def platform(self) -> str:
+        return "cpu" if self.topology == "cpu" else "cuda" if self.topology.startswith("H200") else "tpu"
+
+    @property
     def name(self) -> str:
         return f"{self.model} {self.topology} {self.fsdp}x{self.tensor} {self.batch}x{self.length}"
 
@@ -98,14 +107,14 @@ TPU = [
 GPU = [Case("8B", "H200 x8", 8, 1, 8), Case("8B", "H200 x8", 2, 4, 8), Case("70B", "H200 x8", 8, 1, 8)]
 
 
-def devices(topology: str) -> np.ndarray:
-    if topology == "cpu":
-        return np.array(jax.devices())
-    if topology.startswith("H200"):
-        found = topologies.get_topology_desc("h200", platform="cuda", topology="1x1x8", target_config=H200)
+def mesh_of(case: Case) -> Mesh:
+    if case.platform == "cpu":
+        devices = jax.devices()
+    elif case.platform == "cuda":
+        devices = topologies.get_topology_desc("h200", platform="cuda", topology="1x1x8", target_config=H200).devices
     else:
-        found = topologies.get_topology_desc(topology, platform="tpu")
-    return np.array(found.devices)
+        devices = topologies.get_topology_desc(case.topology, platform="tpu").devices
+    return Mesh(np.array(devices).reshape(case.fsdp, case.tensor), ("fsdp", "tensor"))
 
 
 def placed_params(model: SmolLM2, mesh: Mesh) -> Any:
@@ -185,7 +194,7 @@ def floor(model: SmolLM2, params: Any, ids: Any) -> Any:
     return jax.jit(gradient).lower(norms, frozen, ids)
 
 
-def measured(lowered: Any, options: Any = None) -> dict[str, Any]:
+def measured(lowered: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What a compiled program takes on one device, and how often it moves which arrays."""
     start = time.perf_counter()
     try:
@@ -246,11 +255,12 @@ def low_rank_flops(case: Case) -> float:
 
 def run(case: Case) -> dict[str, Any]:
     """Compiles floor and step of a case."""
-    model, mesh = MODELS[case.model], Mesh(devices(case.topology).reshape(case.fsdp, case.tensor), ("fsdp", "tensor"))
+    model, mesh = MODELS[case.model], mesh_of(case)
     params, ids = placed_params(model, mesh), placed_ids(mesh, case.batch, case.length)
-    options = TPU_OPTIONS if case.topology.startswith("v") else None
     programs = {"floor": floor(model, params, ids), "step": lora_step(model, params, ids)}
-    return dataclasses.asdict(case) | {name: measured(lowered, options) for name, lowered in programs.items()}
+    return dataclasses.asdict(case) | {
+        name: measured(lowered, OPTIONS[case.platform]) for name, lowered in programs.items()
+    }
 
 
 HEADS = (

@@ -77,6 +77,11 @@ def test_a_start_and_its_end_are_one():
         "ROOT %d = bf16[4,8]{1,0} collective-permute-done(%s)",
     )
     assert only(text) == ("collective-permute", [("bf16", (4, 8))], 1)
+    text = program(
+        "%s = ((f32[4,8]{1,0}, f32[]), (f32[4,8]{1,0}, f32[])) all-reduce-start(%p, %q), channel_id=1",
+        "ROOT %d = (f32[4,8]{1,0}, f32[]) all-reduce-done(%s)",
+    )
+    assert only(text) == ("all-reduce", [("f32", (4, 8)), ("f32", ())], 1)
 
 
 def test_a_collective_of_several_arrays():
