@@ -632,3 +632,24 @@ def test_each_operand_keeps_its_precision():
     for eqn in dots:
         sides = [activations if 7 in operand.aval.shape else kernel for operand in eqn.invars]
         assert [*eqn.params["precision"]] == sides
+
+
+def copies(fn, tree, *args):
+    """The copies in the trace of a function on a wrapped tree, through its loops."""
+    text = str(jax.make_jaxpr(jlora.apply(fn))(tree, *args))
+    return len(re.findall(r"= copy(?:_p)?\b", text))
+
+
+def test_products_that_share_their_input_share_a_copy_of_it():
+    """One for each value, made before its first product and cast as it is; none where one product reads a value."""
+    x = jnp.ones((3, 4))
+    tree = jlora.wrap({name: jnp.ones((4, 4)) for name in "qkv"}, jlora.LoraSpec(targets="*", rank=2, axes=AXES_QKV))
+    assert copies(lambda p, x: x @ p["q"] + x @ p["k"] + x @ p["v"], tree, x) == 1
+    half = lambda x, w: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+    assert copies(lambda p, x: half(x, p["q"]) + half(x, p["k"]) + half(x, p["v"]), tree, x) == 1
+    assert copies(lambda p, x: ((x @ p["q"]) @ p["k"]) @ p["v"], tree, x) == 0
+    layer = lambda p: lambda x, _: (x @ p["q"] + x @ p["k"], None)
+    assert copies(lambda p, x: jax.lax.scan(layer(p), x, None, length=2)[0], tree, x) == 1
+
+
+AXES_QKV = {"*": jlora.Axes((0,), (1,))}

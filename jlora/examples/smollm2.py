@@ -92,7 +92,9 @@ class SmolLM2(nn.Module):
     """Token ids (batch, length) to logits (batch, length, vocab); `remat` recomputes layers in the backward pass.
 
     All of a layer but what has one of the names `saved` ("attention", "mlp": what each adds) is recomputed.
-    `activations` says how (batch, length, width) lies on the mesh of `jax.set_mesh`.
+    `activations` says how (batch, length, width) lies on the mesh of `jax.set_mesh`. The logits are products with the
+    embeddings, or with a kernel of their own where they are not `tied`.
+
     Given a cache of earlier tokens' keys and values, `ids` go at position `start` of it, where they must fit, and the
     result is the logits and the new cache.
     """
@@ -107,6 +109,7 @@ class SmolLM2(nn.Module):
     remat: bool = False
     saved: tuple[str, ...] = ()
     activations: jax.P | None = None
+    tied: bool = True
 
     @nn.compact
     def __call__(self, ids: jax.Array, cache: Cache | None = None, start: jax.Array | int = 0) -> Any:
@@ -127,7 +130,9 @@ class SmolLM2(nn.Module):
         layers = scanned(self.heads, self.kv_heads, self.hidden, self.dtype, self.activations, name="layers")
         x = on_mesh(embed(ids), self.activations)
         x, new = layers(x, cache, rope_angles(positions, self.width // self.heads), mask, start)
-        logits = embed.attend(nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x))
+        x = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x)
+        head = embed.attend if self.tied else nn.Dense(self.vocab, use_bias=False, dtype=self.dtype, name="lm_head")
+        logits = head(x)
         return logits if cache is None else (logits, new)
 
     def empty_cache(self, batch: int, size: int) -> Cache:
@@ -217,7 +222,7 @@ def half_split(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def params_from_llama(tensors: Mapping[str, np.ndarray], layers: int) -> dict[str, Any]:
+def params_from_llama(tensors: Mapping[str, np.ndarray], layers: int, tied: bool = True) -> dict[str, Any]:
     """Returns linen parameters, stacked by layer, from tensors named as Hugging Face's Llama names them.
 
     PyTorch keeps a linear layer's weight as (out, in), Flax as (in, out).
@@ -238,6 +243,7 @@ def params_from_llama(tensors: Mapping[str, np.ndarray], layers: int) -> dict[st
             "mlp_norm": {"scale": stacked("post_attention_layernorm")},
         },
         "norm": {"scale": tensors["model.norm.weight"]},
+        **({} if tied else {"lm_head": {"kernel": tensors["lm_head.weight"].T}}),
     }
 
 

@@ -36,13 +36,14 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     ends = Ends.of(weight, ws, xs, out)
     if ends is None:
         return DECLINED
-    x = ends.before(x)
+    given, x = x, ends.before(x)
+    aside = interpreter.aside(eqn.invars[is_left], x) if weight.pair and x is given else x  # before the base's product
     y = compat.bind(eqn, [weight.base, x] if is_left else [x, weight.base])
     interpreter.factored(weight, eqn, "dot")
     if weight.pair:
         precision = eqn.params["precision"]
         settings = {"precision": swapped(precision) if is_left else precision}
-        z = factored_product(x, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
+        z = factored_product(aside, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
         y = _added(y, cast(z, y.dtype))
     return ends.after(y)
 

@@ -99,6 +99,19 @@ def test_the_tree_has_the_documented_names(params, remat):
     assert params["layers"]["mlp"]["up_proj"]["kernel"].shape == (3, 12, 20)
 
 
+def test_a_head_of_its_own(tensors, params):
+    """With a head that is the embeddings, logits are those of the tied model."""
+    model, tensors = TINY.clone(tied=False), tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    untied = smollm2.params_from_llama(tensors, layers=3, tied=False)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, untied)
+    np.testing.assert_allclose(model.apply({"params": untied}, IDS), TINY.apply({"params": params}, IDS), atol=1e-5)
+    twice = untied | {"lm_head": {"kernel": 2 * untied["lm_head"]["kernel"]}}
+    np.testing.assert_allclose(
+        model.apply({"params": twice}, IDS), 2 * TINY.apply({"params": params}, IDS), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_remat_changes_no_gradient(params):
     def gradient(model):
         return jax.grad(lambda p: smollm2.next_token_losses(model.apply({"params": p}, IDS), IDS).mean())(params)
