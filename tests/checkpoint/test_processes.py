@@ -21,6 +21,11 @@ def test_two_processes_agree(tmp_path):
     run(POD, "few_bytes", tmp_path, APIS[0], count=2, devices=2)
 
 
+@pytest.mark.parametrize("api", APIS)
+def test_arrays_that_are_cut_are_refused(api, tmp_path):
+    run(POD, "cut", tmp_path, api, devices=4)
+
+
 def test_a_single_process_gathers_what_it_gives():
     assert gather({"a": [1, None]}) == [{"a": [1, None]}]
     with pytest.raises(TypeError, match="JSON"):
