@@ -83,6 +83,7 @@ class Case:
     tensor: int
     batch: int
     length: int = 2_048
+    spread: bool = False  # the moments, over what of the mesh their factors don't use
 
     @property
     def platform(self) -> str:
@@ -90,7 +91,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.topology} {self.fsdp}x{self.tensor} {self.batch}x{self.length}"
+        spread = " spread" * self.spread
+        return f"{self.model} {self.topology} {self.fsdp}x{self.tensor} {self.batch}x{self.length}{spread}"
 
 
 TPU = [
@@ -99,6 +101,7 @@ TPU = [
     Case("8B", "v5e:4x4", 16, 1, 16),
     Case("8B", "v6e:4x4", 4, 4, 8),
     Case("70B", "v5e:16x16", 256, 1, 256),
+    Case("70B", "v5e:16x16", 256, 1, 256, spread=True),
     Case("70B", "v5e:16x16", 32, 8, 32),
     Case("70B", "v5p:4x4x4", 16, 4, 64),
 ]
@@ -142,13 +145,13 @@ def loss(model: SmolLM2, params: Any, ids: jax.Array) -> jax.Array:
     return next_token_losses(model.apply({"params": params}, ids), ids).mean()
 
 
-def lora_step(model: SmolLM2, params: Any, ids: Any) -> Any:
+def lora_step(model: SmolLM2, params: Any, ids: Any, spread: bool) -> Any:
     """The lowered step of training the adapters with AdamW, its arrays placed as the base is."""
     tree = wrapped(model, params)
     tx = jlora.optimizer(optax.adamw(1e-4), tree)
     shapes = jax.eval_shape(tx.init, tree)
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    state = jax.tree.map(place, shapes, jlora.sharding.of_state(shapes, tree))
+    state = jax.tree.map(place, shapes, jlora.sharding.of_state(shapes, tree, spread=spread))
 
     def step(tree: Any, state: Any, ids: jax.Array) -> Any:
         value, grads = jlora.value_and_grad(jlora.apply(lambda params, ids: loss(model, params, ids)))(tree, ids)
@@ -237,7 +240,7 @@ def run(case: Case) -> dict[str, Any]:
     model, mesh = MODELS[case.model], mesh_of(case)
     params, ids = placed_params(model, mesh), placed_ids(mesh, case.batch, case.length)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        programs = {"floor": floor(model, params, ids), "step": lora_step(model, params, ids)}
+        programs = {"floor": floor(model, params, ids), "step": lora_step(model, params, ids, case.spread)}
     return dataclasses.asdict(case) | {
         name: measured(lowered, OPTIONS[case.platform]) for name, lowered in programs.items()
     }
@@ -258,7 +261,12 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def _row(one: dict[str, Any]) -> str:
     step, base = one["step"], one["floor"]
-    head = [one["model"], one["topology"], f"{one['fsdp']} x {one['tensor']}", f"{one['batch']} x {one['length']}"]
+    head = [
+        one["model"],
+        one["topology"],
+        f"{one['fsdp']} x {one['tensor']}{', moments spread' * one.get('spread', False)}",
+        f"{one['batch']} x {one['length']}",
+    ]
     if not step["fits"] or not base["fits"]:
         return " | ".join([*head, f"no: step {step.get('needs')}, floor {base.get('needs')}", *["-"] * 6])
     arguments, temporaries, total = (step[name] / 2**30 for name in ("argument", "temp", "total"))

@@ -7,6 +7,7 @@ makes its own part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
     return jax.tree.map(_own, tree, is_leaf=is_node)
 
 
-def of_state(state: Any, tree: Any) -> Any:
+def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
     """The sharding of each leaf of an optimizer's state: that of the leaf of the tree that it follows, or whole.
 
     A moment follows a factor: its path ends as the factor's does, and it has its shape.
@@ -86,6 +87,9 @@ def of_state(state: Any, tree: Any) -> Any:
     Args:
       state: what the optimizer makes of the tree, abstract or not: ``jax.eval_shape(tx.init, tree)``.
       tree: a wrapped tree, placed or with places.
+      spread: split each leaf over the rest of the mesh too, where its sizes allow it. On a mesh of one axis one of each
+        pair of factors is whole on every device, and so are its moments; spread, they take a device's part alone, for
+        a gather of the factor's update in each step (ZeRO's first stage).
 
     Returns:
       The structure of `state` with a `jax.sharding.NamedSharding` for each leaf, whole on each device where it follows
@@ -102,6 +106,9 @@ def of_state(state: Any, tree: Any) -> Any:
       >>> state = jax.jit(tx.init, out_shardings=places)(tree)
       >>> state.inner_states["trainable"].inner_state[0].mu["kernel"].lora_a.sharding.spec
       P('fsdp', None)
+
+    References:
+      Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
     """
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     mesh = next((at.mesh for at in map(sharding_of, leaves.values()) if at is not None), None)
@@ -109,9 +116,26 @@ def of_state(state: Any, tree: Any) -> Any:
 
     def place(path: tuple[Any, ...], x: Any) -> NamedSharding | None:
         followed = (leaves[path[i:]] for i in range(len(path)) if path[i:] in leaves)
-        return next((sharding_of(leaf) for leaf in followed if leaf.shape == x.shape), None) or whole
+        found = next((sharding_of(leaf) for leaf in followed if leaf.shape == x.shape), None) or whole
+        return found if found is None or not spread else _spread(found, x.shape)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _spread(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding with the mesh axes that it does not use, each on the largest axis that it divides."""
+    mesh = sharding.mesh
+    split = [list(_names(entry)) for entry in (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))]
+    part = lambda axis: shape[axis] // math.prod(mesh.shape[name] for name in split[axis])
+    for name in mesh.axis_names:
+        fitting = [axis for axis in range(len(shape)) if part(axis) % mesh.shape[name] == 0]
+        if fitting and mesh.shape[name] > 1 and all(name not in names for names in split):
+            split[max(fitting, key=part)].append(name)
+    return NamedSharding(mesh, PartitionSpec(*(tuple(names) if names else None for names in split)))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _by_path(base_specs: Any) -> dict[str, PartitionSpec]:

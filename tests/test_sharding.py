@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
@@ -218,3 +219,59 @@ def test_a_fold_keeps_the_placement(kind):
     assert again["kernel"].base.sharding.is_equivalent_to(where, 2)
     assert again["kernel"].lora_a.sharding.is_equivalent_to(tree["kernel"].lora_a.sharding, 2)
     assert jlora.merge(tree)["kernel"].sharding.is_equivalent_to(where, 2)
+
+
+# An optimizer's state, on a mesh of which the tree uses one axis.
+ONE_AXIS = {**BASE, "layers": {"kernel": P(None, "fsdp"), "bias": P()}}
+
+
+def on_one_axis():
+    """The tree, where it lies, and its optimizer."""
+    places = jlora.sharding.shardings(wrapped(), mesh(), ONE_AXIS)
+    tree = jax.device_put(wrapped(), places)
+    return tree, places, jlora.optimizer(optax.adamw(1e-2), tree)
+
+
+def test_moments_lie_as_what_they_follow():
+    tree, _, tx = on_one_axis()
+    moments = jlora.sharding.of_state(jax.eval_shape(tx.init, tree), tree).inner_states["trainable"].inner_state[0]
+    assert moments.mu["layers"]["kernel"].lora_a.spec == P(None, "fsdp", None)
+    assert moments.nu["layers"]["kernel"].lora_b.spec == P(None, None, None)
+    assert moments.count.spec == P()
+    assert jax.tree.leaves(jlora.sharding.of_state(jax.eval_shape(tx.init, wrapped()), wrapped())) == []
+
+
+def test_moments_of_other_shapes_are_whole():
+    tree, _, _ = on_one_axis()
+    state = jax.eval_shape(optax.adafactor(1e-2, min_dim_size_to_factor=2).init, jlora.partition(tree)[0])
+    rows = jlora.sharding.of_state(state, tree)[0].v_row["layers"]["kernel"].lora_a
+    assert rows.spec == P()
+
+
+def test_moments_spread_over_the_rest_of_the_mesh():
+    """Each device has its part of all moments; the steps are those of the others."""
+    tree, places, tx = on_one_axis()
+    shapes = jax.eval_shape(tx.init, tree)
+    spread = jlora.sharding.of_state(shapes, tree, spread=True)
+    moments = spread.inner_states["trainable"].inner_state[0].mu["layers"]["kernel"]
+    assert moments.lora_a.spec == P(None, ("fsdp", "tensor"), None)
+    assert moments.lora_b.spec == P(None, None, ("fsdp", "tensor"))
+    loss = lambda p, x: jnp.sum(jnp.sin(x @ p["layers"]["kernel"][0]) ** 2)
+    grads = jlora.grad(jlora.apply(loss))
+
+    def after_three_steps(where):
+        def step(tree, state):
+            updates, state = tx.update(grads(tree, jnp.ones((4, 8))), state, tree)
+            return optax.apply_updates(tree, updates), state
+
+        step = jax.jit(step, out_shardings=(places, where))
+        found = tree, jax.jit(tx.init, out_shardings=where)(tree)
+        for _ in range(3):
+            found = step(*found)
+        return found
+
+    found, expected = after_three_steps(spread), after_three_steps(jlora.sharding.of_state(shapes, tree))
+    assert error(found, expected) <= 1e-6
+    assert error(found[0], tree) > 1e-3
+    kept = found[1].inner_states["trainable"].inner_state[0].mu["layers"]["kernel"].lora_b
+    assert kept.addressable_shards[0].data.size == kept.size // 8
