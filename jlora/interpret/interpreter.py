@@ -6,21 +6,18 @@ that has none, or whose rule declines, gets the weight computed densely: slower,
 
 from __future__ import annotations
 
-import collections
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from jlora.interpret import compat
+from jlora.interpret.copies import CAST, Copies
 from jlora.interpret.factored import Tracked
 
 Rule = Callable[..., Any]
 DECLINED = NotImplemented
-CAST = "convert_element_type"
 
 
 class Interpreter:
@@ -47,7 +44,7 @@ class Interpreter:
         self._dense = dense
         self._told = told
         self._around: list[Any] = []  # the equations whose jaxprs are being walked, outermost first
-        self._copies: list[_Copies] = []  # of the inputs of products, in each jaxpr that is being walked
+        self._copies: list[Copies] = []  # of the inputs of products, in each jaxpr that is being walked
 
     def densify(self, weight: Any, eqn: Any, reason: str) -> Any:
         return self._dense(self, weight, eqn, reason)
@@ -61,7 +58,7 @@ class Interpreter:
         So what flows back from their low-rank paths is summed by itself. Else it stands between what flows back from
         the bases' products, and on a mesh XLA sums these over devices one by one in place of once.
         """
-        return self._copies[-1].of(atom, x) if compat.is_traced(x) else x
+        return self._copies[-1].of(atom, x)
 
     def place(self, eqn: Any) -> tuple[int, ...]:
         """Tells a use of this walk from all others."""
@@ -74,7 +71,7 @@ class Interpreter:
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; results that are views of a weight stay `Tracked`."""
-        self._copies.append(_Copies(compat.open_jaxpr(jaxpr)[0]))
+        self._copies.append(Copies(compat.open_jaxpr(jaxpr)[0]))
         try:
             return self._walked(jaxpr, values)
         finally:
@@ -122,37 +119,8 @@ class Interpreter:
                 inputs[i] = dense[atom]
             outputs = compat.bind(eqn, inputs)
         if eqn.primitive.name == CAST and not tracked:
-            self._copies[-1].cast(eqn, inputs[0])
+            self._copies[-1].of(eqn.invars[0], inputs[0])  # while it is there
         return list(outputs) if eqn.primitive.multiple_results else [outputs]
-
-
-class _Copies:
-    """Copies of what several products of a jaxpr read, as it is or cast: one of each value, cast in the same way."""
-
-    def __init__(self, jaxpr: Any) -> None:
-        self._source = {eqn.outvars[0]: eqn.invars[0] for eqn in jaxpr.eqns if eqn.primitive.name == CAST}
-        products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
-        inputs = [atom for eqn in products for atom in eqn.invars if not compat.is_literal(atom)]
-        self._readers = collections.Counter(map(self._origin, inputs))
-        self._made: dict[Any, Any] = {}
-
-    def _origin(self, atom: Any) -> Any:
-        while not compat.is_literal(atom) and atom in self._source:
-            atom = self._source[atom]
-        return None if compat.is_literal(atom) else atom
-
-    def cast(self, eqn: Any, x: Any) -> None:
-        """Copies a cast's input while it is there."""
-        if compat.is_traced(x) and self._readers[self._origin(eqn.invars[0])] > 1:
-            self.of(eqn.invars[0], x)
-
-    def of(self, atom: Any, x: Any) -> Any:
-        if compat.is_literal(atom) or self._readers[self._origin(atom)] < 2:
-            return x
-        if atom not in self._made:
-            source = self._made.get(self._source.get(atom))
-            self._made[atom] = jnp.copy(x) if source is None else lax.convert_element_type(source, x.dtype)
-        return self._made[atom]
 
 
 def _fresh(value: Any, index: int) -> Any:

@@ -10,68 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
-from jlora.interpret.manual import varying
+from jlora.interpret.moves import MOVES
 
 
 def same(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Copies, names: the base alone is told."""
     return weight.replace(base=compat.bind(eqn, [weight.base]))
-
-
-def reshard(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    """Moved on a mesh of explicit axes: each factor goes along on the axes that it has."""
-    base = compat.bind(eqn, [weight.base])
-    moved = lambda factor: _moved(weight, factor, jax.typeof(base).sharding, jax.sharding.reshard)
-    return weight.view(base, moved)
-
-
-def sharding_constraint(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    """The same on a mesh whose axes are not explicit."""
-    base, sharding = compat.bind(eqn, [weight.base]), eqn.params["sharding"]
-    if not isinstance(sharding, NamedSharding):
-        return weight.replace(base=base)
-    return weight.view(base, lambda factor: _moved(weight, factor, sharding, lax.with_sharding_constraint))
-
-
-def _moved(weight: Tracked, factor: Any, sharding: NamedSharding, move: Callable[..., Any]) -> Any:
-    owned = weight.owned(factor)
-    entries = [*sharding.spec, *[None] * (weight.ndim - len(sharding.spec))]
-    spec = PartitionSpec(*(entry if i in owned else None for i, entry in enumerate(entries)), None)
-    return move(factor, sharding.update(spec=spec))
-
-
-def all_gather(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    """Put together from the shards of a mesh axis: so are the factors that are split along it."""
-    axis, names = eqn.params["all_gather_dimension"], {*_names(eqn)}
-    gathers = lambda factor: _is_split(weight, factor, axis, names) if eqn.params["tiled"] else True
-    gathered = lambda factor: compat.bind(eqn, [factor]) if gathers(factor) else factor
-    return weight.view(compat.bind(eqn, [weight.base]), gathered)
-
-
-def _is_split(weight: Tracked, factor: Any, axis: int, names: set[str]) -> bool:
-    """Whether a factor has an axis of the base, of which this is a shard; one of size 1 is told by its varying."""
-    if weight.base.shape[axis] != 1:
-        return axis in weight.owned(factor)
-    return bool(varying(factor) & names) or not varying(weight.base)
-
-
-def _names(eqn: Any) -> tuple[str, ...]:
-    names = eqn.params["axis_name"]
-    return names if isinstance(names, tuple) else (names,)
-
-
-def ppermute(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    """Handed on to other devices, with all of its factors."""
-    bind = lambda x: compat.bind(eqn, [x])
-    return weight.view(bind(weight.base), bind)
 
 
 def cast(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
@@ -317,17 +267,14 @@ def _turned_size(weight: Factored) -> int | None:
 
 
 VIEWS = {
+    **MOVES,
     "convert_element_type": cast,
     "reduce_precision": same,
     "copy": same,
     "copy_p": same,
     "name": same,
-    "sharding_constraint": sharding_constraint,
     "pvary": same,
     "pcast": same,
-    "reshard": reshard,
-    "all_gather": all_gather,
-    "ppermute": ppermute,
     "mesh_cast": same,
     "stop_gradient": stop_gradient,
     "optimization_barrier": barrier,
