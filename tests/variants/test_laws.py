@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
 from tests.support import error, same_bits
@@ -19,7 +18,18 @@ SOME = ("dense", "stacked")  # enough where another initialiser is all that diff
 USES = {kind: STACKED if kind == "lora+layers" else SOME if "+" in kind else tuple(CASES) for kind in KINDS}
 USES["ia3+in"] = tuple(CASES)
 PAIRS = [(kind, use) for kind in KINDS for use in USES[kind] if (kind, use) not in UNSUPPORTED]
-every_pair = pytest.mark.parametrize("kind, use", PAIRS)
+ROLES = ("lora", "dora", "loha", "ia3", "oft", "own")  # each part that a factored weight may have
+CORE = ("dense", "stacked", "conv", "embedding", "ragged")
+
+
+def marked(kind, use, *more, slow=False):
+    """A case, slow where another variant has the same parts, or another use the same rule."""
+    return pytest.param(
+        kind, use, *more, marks=[pytest.mark.slow] if slow or (kind not in ROLES and use not in CORE) else []
+    )
+
+
+every_pair = pytest.mark.parametrize("kind, use", [marked(*pair) for pair in PAIRS])
 some_pairs = pytest.mark.parametrize("kind, use", [pair for pair in PAIRS if pair[1] in ("dense", "tied")])
 # B is zero, or another factor is: nothing is added. The others start from W up to rounding.
 EXACT = {"lora", "lora_fa", "vera", "adalora", "loha", "lokr", "own", "ia3", "ia3+in", "lora+layers"}
@@ -31,14 +41,13 @@ def total(y):
     return (jnp.sin(y) * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum()
 
 
-ROLES = ("lora", "dora", "loha", "ia3", "oft", "own")  # each part that a factored weight may have
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 @pytest.mark.parametrize(
     "kind, use, dtype",
     [
-        (*pair, dtype)
+        marked(*pair, dtype, slow=dtype == "bf16" and pair[1] not in CORE)
         for pair in PAIRS
         for dtype in DTYPES
         if dtype == "f32" or (pair[1] not in ("out_in", "stacked_experts") and pair[0] in ROLES)
@@ -112,19 +121,6 @@ def test_an_adapter_is_a_value(kind, use):
     run = lambda part: jlora.apply(case.fn, fallback="ignore")(jlora.combine(part, frozen), *case.args)
     both = jax.vmap(run)(jax.tree.map(lambda *x: jnp.stack(x), one, two))
     assert error(both, jnp.stack([run(one), run(two)])) <= 2e-5
-
-
-@pytest.mark.parametrize("use", ["multi_axis", "stacked"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if len(USES[kind]) > len(STACKED)])
-def test_placement_follows_the_base(kind, use):
-    case = CASES[use]
-    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "model")))
-    placed = dataclasses.replace(case, params=jax.tree.map(put, case.params))
-    params, here = wrapped(kind, placed), wrapped(kind, case)
-    assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(params))
-    model = jax.jit(lambda p: jlora.apply(case.fn, fallback="ignore")(p, *case.args))
-    assert error(model(params), model(here)) <= 2e-5
 
 
 @pytest.mark.parametrize("kind, use", sorted(UNSUPPORTED))

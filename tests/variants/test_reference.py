@@ -213,10 +213,15 @@ KINDS = {
     "oft": kind(oft, TURNS, variant="oft", options={"block_size": 4}, uses=TURNED),
     "boft": kind(oft, TURNS, variant="boft", options={"block_size": 2, "factors": 3}, uses=TURNED),
 }
+CORE = ("dense", "heads", "stacked", "conv", "embedding")
 # An embedding's A starts as zero, and so it stays where A is frozen: nothing trains.
 every_kind = pytest.mark.parametrize(
     "name, use",
-    [(n, use) for n, kind in KINDS.items() for use in kind.uses],
+    [
+        pytest.param(n, use, marks=[] if use in CORE else [pytest.mark.slow])
+        for n, kind in KINDS.items()
+        for use in kind.uses
+    ],
 )
 
 
