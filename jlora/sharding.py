@@ -47,15 +47,10 @@ def specs(tree: Any, base_specs: Any) -> Any:
     """
     given = _by_path(base_specs)
     paths, leaves, treedef = flatten(tree, is_node)
-    found = [_nearest(path, given) for path in paths]
-    if unused := {*given} - {key for key, _ in found}:
-        raise ValueError(
-            f"sharding.specs: base_specs has {sorted(unused)[0]!r}, but the tree has no such leaf; it has "
-            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. Give the specs of the tree that was wrapped"
-        )
-    return treedef.unflatten(
-        [_spec_of(path, leaf, spec) for path, leaf, (_, spec) in zip(paths, leaves, found, strict=True)]
-    )
+    keys = [_nearest(path, given) for path in paths]
+    _check_paths(paths, keys, given)
+    specs = [given[key] for key in keys if key is not None]
+    return treedef.unflatten([_spec_of(*each) for each in zip(paths, leaves, specs, strict=True)])
 
 
 def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
@@ -75,7 +70,11 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
     if (mesh is None) != (base_specs is None):
         raise ValueError("sharding.shardings takes mesh and base_specs together, or neither: the bases' own placement")
     if mesh is not None:
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, base_specs), is_leaf=_is_spec)
+        found = specs(tree, base_specs)
+        paths, leaves, _ = flatten(found, _is_spec)
+        for path, spec in zip(paths, leaves, strict=True):
+            _check_names(path, spec, mesh)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=_is_spec)
     return jax.tree.map(_own, tree, is_leaf=is_node)
 
 
@@ -89,11 +88,16 @@ def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
       tree: a wrapped tree, placed or with places.
       spread: split each leaf over the rest of the mesh too, where its sizes allow it. On a mesh of one axis one of each
         pair of factors is whole on every device, and so are its moments; spread, they take a device's part alone, for
-        a gather of the factor's update in each step (ZeRO's first stage).
+        a gather of the factor's update in each step (ZeRO's first stage). Compile the step with
+        ``out_shardings=(jlora.sharding.shardings(tree), places, ...)``: else XLA spreads the factors too.
 
     Returns:
       The structure of `state` with a `jax.sharding.NamedSharding` for each leaf, whole on each device where it follows
       nothing; None where `tree` lies on no mesh.
+
+    Raises:
+      TypeError: if nothing in `tree` is wrapped.
+      ValueError: if `spread` is asked for on a mesh of explicit axes, where updates and factors must lie alike.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax
@@ -110,8 +114,12 @@ def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
     References:
       Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv:1910.02054.
     """
+    if not any(is_node(x) for x in jax.tree.leaves(tree, is_leaf=is_node)):
+        raise TypeError("sharding.of_state(state, tree) takes a wrapped tree second; no leaf of this one is wrapped")
     leaves = dict(jax.tree_util.tree_leaves_with_path(tree))
     mesh = next((at.mesh for at in map(sharding_of, leaves.values()) if at is not None), None)
+    if spread and mesh is not None and mesh.explicit_axes:
+        raise ValueError("sharding.of_state: spread is for meshes of automatic axes; these are explicit")
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], x: Any) -> NamedSharding | None:
@@ -153,13 +161,37 @@ def _as_spec(path: str, leaf: Any) -> PartitionSpec:
     return leaf
 
 
-def _nearest(path: str, given: Mapping[str, PartitionSpec]) -> tuple[str, PartitionSpec]:
-    """The spec of a path, or of the nearest one above it."""
+def _nearest(path: str, given: Mapping[str, PartitionSpec]) -> str | None:
+    """The path that has the spec of a path: itself, or the nearest one above it."""
     parts = path.split("/")
-    for count in range(len(parts), -1, -1):
-        if (key := "/".join(parts[:count])) in given:
-            return key, given[key]
-    raise ValueError(f"sharding.specs: base_specs has nothing for {path}; give it a PartitionSpec, or None for P()")
+    above = ("/".join(parts[:count]) for count in range(len(parts), -1, -1))
+    return next((key for key in above if key in given), None)
+
+
+def _check_paths(paths: list[str], keys: list[str | None], given: Mapping[str, PartitionSpec]) -> None:
+    missing = [path for path, key in zip(paths, keys, strict=True) if key is None]
+    if unused := sorted({*given} - {*keys}):
+        lacks = f", and has nothing for {missing[0]}" if missing else ""
+        raise ValueError(
+            f"sharding.specs: base_specs has {unused[0]!r}, but the tree has no such leaf{lacks}; its leaves are "
+            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. Give the specs of the tree that was wrapped"
+        )
+    if missing:
+        raise ValueError(
+            f"sharding.specs: base_specs has nothing for {missing[0]}; give it a PartitionSpec, or None for P()"
+        )
+
+
+def _check_names(path: str, spec: PartitionSpec, mesh: Any) -> None:
+    names = [name for entry in spec for name in _names(entry)]
+    if unknown := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(
+            f"sharding.shardings: {spec} of {path} names {unknown[0]!r}, which is no axis of the mesh "
+            f"({', '.join(map(str, mesh.axis_names))}). Logical names become a mesh's by "
+            "flax.linen.logical_to_mesh(jlora.sharding.specs(tree, base_specs), rules)"
+        )
+    if len({*names}) < len(names):
+        raise ValueError(f"sharding.shardings: {spec} of {path} names an axis of the mesh twice")
 
 
 def _spec_of(path: str, leaf: Any, spec: PartitionSpec) -> Any:

@@ -94,7 +94,8 @@ def test_bias_rows_and_leaves_trained_in_full():
     "base, message",
     [
         ({**BASE, "norm": {}}, "base_specs has nothing for norm/scale"),
-        ({**BASE, "head": P()}, "base_specs has 'head', but the tree has no such leaf"),
+        ({**BASE, "head": P()}, "base_specs has 'head', but the tree has no such leaf; its leaves are embed"),
+        ({**BASE, "norm": {"scael": P()}}, "base_specs has 'norm/scael', .* and has nothing for norm/scale"),
         ({**BASE, "norm": {"scale": P("fsdp", "tensor")}}, r"has 2 entries, but norm/scale of shape \(8,\) has 1"),
         ({**BASE, "norm": {"scale": "fsdp"}}, "base_specs has 'fsdp' at 'norm/scale'; it takes PartitionSpecs"),
     ],
@@ -102,6 +103,31 @@ def test_bias_rows_and_leaves_trained_in_full():
 def test_what_does_not_fit_is_said(base, message):
     with pytest.raises(ValueError, match=message):
         jlora.sharding.specs(wrapped(), base)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            P("mlp", None),
+            r"of embed/embedding.* names 'mlp', which is no axis of the mesh \(fsdp, tensor\).*logical_to_mesh",
+        ),
+        (P("fsdp", "fsdp"), "of embed/embedding.* names an axis of the mesh twice"),
+    ],
+)
+def test_names_that_the_mesh_has_not(spec, message):
+    with pytest.raises(ValueError, match=message):
+        jlora.sharding.shardings(wrapped(), mesh(), {**BASE, "embed": {"embedding": spec}})
+
+
+def test_what_can_not_be_of_a_state():
+    tree, _, tx = on_one_axis()
+    state = jax.eval_shape(tx.init, tree)
+    with pytest.raises(TypeError, match="takes a wrapped tree second"):
+        jlora.sharding.of_state(tree, {"count": jnp.zeros(3)})
+    explicit = jax.device_put(wrapped(), jlora.sharding.shardings(wrapped(), mesh(AxisType.Explicit), ONE_AXIS))
+    with pytest.raises(ValueError, match="these are explicit"):
+        jlora.sharding.of_state(state, explicit, spread=True)
 
 
 def test_mesh_and_specs_come_together():

@@ -128,7 +128,11 @@ def describe(directory: str | Path) -> dict[str, Any]:
     """
     at = backend.path_of(directory)
     if not backend.is_finished(at) or not (at / ABOUT).is_dir() or not (at / ADAPTER).is_dir():
-        raise FileNotFoundError(f"{at} is no adapter that jlora.checkpoint.save has written")
+        steps = sorted(int(x.name) for x in at.iterdir() if x.name.isdecimal()) if at.is_dir() else []
+        hint = (
+            f": it is a run; load one of its steps, as in {at / str(steps[-1])}, or all by Checkpoints" if steps else ""
+        )
+        raise FileNotFoundError(f"{at} is no adapter that jlora.checkpoint.save has written{hint}")
     told = backend.read_json(at, ABOUT)
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         found = told.get("format") if isinstance(told, dict) else None

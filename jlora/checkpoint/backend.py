@@ -20,6 +20,10 @@ V1 = ("orbax.checkpoint.v1", "orbax.checkpoint.experimental.v1")
 _JSON = ("metadata", "data.json")  # the file of a JSON item: as is written here, and as Orbax V1 itself names it
 
 
+class DamagedError(ValueError):
+    """A checkpoint whose files can't be read."""
+
+
 @functools.cache
 def newest() -> str:
     """The API that is used: the name of its module."""
@@ -135,14 +139,18 @@ def read_arrays(directory: Any, name: str, targets: Any) -> Any:
         NumPy array comes back as one.
 
     Raises:
-      ValueError: if it can't be read.
+      DamagedError: if it can't be read.
     """
     asked = jax.tree.map(_asked, targets)
     read = _read_v0 if newest() == "orbax.checkpoint" else _read_v1
     try:
         found = read(directory, name, asked)
     except Exception as error:
-        raise ValueError(f"the arrays in {directory / name} can't be read, are they whole? {error}") from error
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DamagedError(
+            f"the arrays in {directory / name} can't be read: files are missing or cut. Load another step, or move "
+            f"{directory} away ({reason})"
+        ) from error
     return jax.tree.map(_given, targets, found)
 
 

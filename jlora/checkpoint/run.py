@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ class Checkpoints:
       directory: of the run; made if it is not there. One job at a time may save into it.
       keep_last: how many of the last steps are kept; None: all.
       keep_best: how many of the best are kept too.
-      metric: which of the metrics says what is best.
+      metric: which of the metrics says what is best; a step that was saved without metrics never is.
       mode: "min" or "max": whether a smaller or a larger metric is better.
       background: `save` returns before the files are written.
 
@@ -129,7 +130,7 @@ class Checkpoints:
         """
         self.wait()
         values, told = adapter.contents("Checkpoints.save", tree)
-        numbers = {name: float(x) for name, x in (metrics or {}).items()}
+        numbers = {name: _number(name, x) for name, x in (metrics or {}).items()}
         self._check_step(step, numbers, extra)
         state_arrays, state_told = contents_of(state)
         arrays = {ADAPTER: values} | ({STATE: state_arrays} if state_arrays else {})
@@ -145,6 +146,7 @@ class Checkpoints:
             raise ValueError(f"Checkpoints.save: step must be a number from 0 on, found {step!r}")
         if self.metric and metrics and self.metric not in metrics:
             raise ValueError(f"Checkpoints.save: metrics has no {self.metric!r}; it has {', '.join(metrics)}")
+        _check_json(extra)
         at = self.directory / str(step)
         if fault := agreed(lambda: steps.fault(at, step in self._metrics)):
             raise FileExistsError(fault)
@@ -197,7 +199,7 @@ class Checkpoints:
           state: what was saved as `state`, concrete or abstract (`jax.eval_shape` of what makes it): its structure,
             shapes and types. An array that has a sharding here lies there; one that has none lies as the leaf of the
             tree that it belongs to (a moment as its factor), or else whole on each device of the base's mesh.
-          step: another step.
+          step: another step. The last one is passed over for the one before if its files can't be read.
           variants: as in `jlora.checkpoint.load`.
           check_base: as in `jlora.checkpoint.load`.
 
@@ -205,11 +207,27 @@ class Checkpoints:
           The step, the wrapped tree, the state (None if none is asked for) and the extra.
 
         Raises:
-          FileNotFoundError: if there is no such step.
+          FileNotFoundError: if there is no such step; `latest` is None where there is none at all.
           ValueError: if the base or the state is another, or the files are damaged.
+
+        Warns:
+          UserWarning: if the last step is passed over.
         """
         self.wait()
-        step = self.latest if step is None else step
+        if step is not None or len(self._metrics) < 2:
+            return self._loaded(self.latest if step is None else step, params, state, variants, check_base)
+        last, found, fault = self.steps[-1], None, None
+        try:
+            found = self._loaded(last, params, state, variants, check_base)
+        except backend.DamagedError as error:
+            fault = str(error)
+        if not (faults := [fault for fault in gather(fault) if fault]):
+            return found  # type: ignore[return-value]
+        warnings.warn(f"{faults[0]}; this step is passed over", UserWarning, stacklevel=2)
+        del self._metrics[last]
+        return self.load(params, state=state, variants=variants, check_base=check_base)
+
+    def _loaded(self, step: int | None, params: Any, state: Any, variants: Any, check_base: bool) -> Saved:
         if step is None or step not in self._metrics:
             wanted = "no whole step" if step is None else f"no whole step {step}; it has {self.steps}"
             raise FileNotFoundError(f"Checkpoints.load: {self.directory} has {wanted}")
@@ -223,6 +241,22 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.wait()
+
+
+def _number(name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Checkpoints.save: metrics[{name!r}] must be a number, found {x!r}") from error
+
+
+def _check_json(extra: Any) -> None:
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Checkpoints.save: extra must be JSON: {error}. Give numbers as int(x) or float(x), and arrays in state="
+        ) from error
 
 
 def _check_settings(keep_last: int | None, keep_best: int, metric: str | None, mode: str) -> None:

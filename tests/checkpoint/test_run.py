@@ -285,6 +285,12 @@ def test_refusals(tmp_path):
         checkpoints.save(-1, tree_of())
     with pytest.raises(ValueError, match="metrics has no 'loss'; it has lose"):
         Checkpoints(tmp_path / "none", metric="loss").save(1, tree_of(), metrics={"lose": 1})
+    with pytest.raises(TypeError, match=r"metrics\['loss'\] must be a number"):
+        Checkpoints(tmp_path / "none").save(1, tree_of(), metrics={"loss": np.ones(2)})
+    with pytest.raises(TypeError, match=r"extra must be JSON: .*int64.*int\(x\)"):
+        Checkpoints(tmp_path / "none").save(1, tree_of(), extra={"row": np.int64(3)})
+    with pytest.raises(FileNotFoundError, match="it is a run; load one of its steps"):
+        jlora.checkpoint.load(tmp_path, PARAMS)
     for settings in ({"keep_last": 0}, {"keep_best": 1}, {"mode": "least"}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             Checkpoints(tmp_path, **settings)

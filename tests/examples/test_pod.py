@@ -90,10 +90,12 @@ def test_an_interrupted_job_goes_on_to_the_bit(whole, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(metrics.Recorder, "add", interrupted)
     assert run(tmp_path) == 130
-    assert "step 7 of 12 is saved" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "step 7 of 12 is saved" in said.out
     assert len(losses(tmp_path)) == 7
     monkeypatch.undo()
     assert run(tmp_path) == 0
+    assert "going on from step 7 of 12" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 13))
     assert losses(tmp_path) == losses(whole[0])
     weights = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (tmp_path, whole[0])]

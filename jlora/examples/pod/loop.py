@@ -54,6 +54,8 @@ def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespac
     tx = optimizer(params, schedule)
     with jlora.checkpoint.Checkpoints(args.checkpoints, keep_last=2) as checkpoints:
         first, params, state = resumed(checkpoints, params, tx, args)
+        if first and jax.process_index() == 0:
+            print(f"going on from step {first} of {args.steps}, {checkpoints.directory / str(first)}", flush=True)
         step, flops = train_step(model, tx, schedule, params, state), flops_per_token(model, params, args.length)
         stream, sizes = data.shuffled(rows, args.seed), (args.batch, args.length, args.accumulate)
         batches = data.batches(stream, mesh, *sizes, first, args.steps)

@@ -29,10 +29,16 @@ RULES = {
 def read_mesh(text: str) -> dict[str, int]:
     """Returns the axes' sizes from text such as ``fsdp=8,tensor=4``; -1 is the rest of the devices."""
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    given: set[str] = set()
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
+        if name in given:
+            raise argparse.ArgumentTypeError(f"{name} is there twice: {text}")
+        given.add(name)
         if name not in AXES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no axis of the mesh; its axes are {', '.join(AXES)}")
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no axis of the mesh; its axes are {', '.join(AXES)}, as in fsdp=8,tensor=4"
+            )
         if not re.fullmatch(r"-1|[1-9]\d*|", size):
             raise argparse.ArgumentTypeError(f"the size of {name} is a number from 1, or -1 for the rest: {size!r}")
         sizes[name] = int(size or -1)

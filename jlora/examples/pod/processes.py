@@ -66,18 +66,18 @@ def _join_if_found() -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Yields a note of the first Ctrl-C or SIGTERM; the second acts as usual.
+    """Yields a note of the first Ctrl-C or SIGTERM; the second ends the process, be it compiling.
 
     An exception out of a running step would lose the arrays donated to it; between two steps nothing is lost.
     """
     stop = Stop()
     # JAX takes SIGTERM for itself when processes join, so this comes after.
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def note(number: int, _: Any) -> None:
         stop.signal = number
-        signal.signal(number, usual[signal.Signals(number)])
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after the step under way\n".encode())
 
     for number in previous:
         signal.signal(number, note)
@@ -85,4 +85,4 @@ def stop_on_signal() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in previous.items():
-            signal.signal(number, usual[number] if handler is None else handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
