@@ -14,8 +14,14 @@ LOW_RANK = ["lora", "lora_fa", "vera", "adalora", "loha", "lokr", "lora+pissa", 
 RANKS = {"loha": 4, "lokr": 4, "lora+pissa": 4, "lora+olora": 4}
 
 
-@pytest.mark.parametrize("use", ["dense", "multi_axis", "stacked", "expert"])
-@pytest.mark.parametrize("kind", LOW_RANK)
+@pytest.mark.parametrize(
+    "kind, use",
+    [
+        pytest.param(kind, use, marks=[] if kind == "lora" or use == "multi_axis" else [pytest.mark.slow])
+        for kind in LOW_RANK
+        for use in ("dense", "multi_axis", "stacked", "expert")
+    ],
+)
 def test_plain_lora_is_the_same_function(kind, use):
     case, params = CASES[use], moved(wrapped(kind, CASES[use]))
     plain = jlora.to_plain_lora(params)
@@ -59,7 +65,9 @@ def test_the_rest_of_the_tree_stays():
 KINDS = ["lora", "dora", "lora_fa", "vera", "adalora", "loha", "lokr", "ia3", "ia3+in", "oft", "boft", "lora+layers"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in ("lora", "dora", "oft") else [pytest.mark.slow]) for kind in KINDS]
+)
 def test_a_restart_is_the_same_function_with_fresh_adapters(kind):
     case, params = CASES["stacked"], moved(wrapped(kind, CASES["stacked"]))
     again = jax.jit(jlora.fold_and_restart)(params)

@@ -102,6 +102,7 @@ def test_an_interrupted_job_goes_on_to_the_bit(whole, tmp_path, monkeypatch, cap
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_does_the_steps_after_its_checkpoint_again(whole, tmp_path, monkeypatch):
     add = metrics.Recorder.add
 
@@ -132,12 +133,14 @@ def test_other_settings_do_not_go_on_with_a_job(whole, capsys):
     assert "holds a job with --rank 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--accumulate 2 --remat full", "--mesh data=2,fsdp=2,tensor=2 --remat outputs"])
 def test_what_must_not_change_the_losses(whole, tmp_path, flags):
     assert run(tmp_path, *flags.split()) == 0
     np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(whole, tmp_path):
     assert run(tmp_path, "--dtype", "bfloat16", "--base-dtype", "bfloat16") == 0
     np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-2)
