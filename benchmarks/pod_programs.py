@@ -174,8 +174,20 @@ def floor(model: SmolLM2, params: Any, ids: Any) -> Any:
     return jax.jit(gradient).lower(norms, frozen, ids)
 
 
-def measured(lowered: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What a compiled program takes on one device, and how often it moves which arrays."""
+def kernel_sizes(params: Any) -> set[int]:
+    """The numbers of elements of the stacked kernels' layers, whole and as a device has them."""
+    stacked = [x for x in jax.tree.leaves(params) if len(x.shape) == 3]
+    return {math.prod(shape[1:]) for x in stacked for shape in (x.shape, x.sharding.shard_shape(x.shape))}
+
+
+def copies(text: str, sizes: set[int]) -> int:
+    """How many copies and transposes a program has of bfloat16 arrays of these sizes."""
+    found = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", text)
+    return sum(math.prod(map(int, dims.split(","))) in sizes for dims in found)
+
+
+def measured(lowered: Any, options: dict[str, Any], sizes_of_kernels: set[int]) -> dict[str, Any]:
+    """What a compiled program takes on one device, how often it moves which arrays, and how often it copies kernels."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -197,6 +209,7 @@ def measured(lowered: Any, options: dict[str, Any]) -> dict[str, Any]:
         "flops": hlo.flops(text),
         "collectives": hlo.totals(found),
         "of factors": hlo.totals(of_rank(found)),
+        "copies of kernels": copies(text, sizes_of_kernels),
         "moves": [[kind, dims, times] for (kind, dims), times in sorted(hlo.moves(found).items())],
     }
 
@@ -242,7 +255,7 @@ def run(case: Case) -> dict[str, Any]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         programs = {"floor": floor(model, params, ids), "step": lora_step(model, params, ids, case.spread)}
     return dataclasses.asdict(case) | {
-        name: measured(lowered, OPTIONS[case.platform]) for name, lowered in programs.items()
+        name: measured(lowered, OPTIONS[case.platform], kernel_sizes(params)) for name, lowered in programs.items()
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pod_programs import RANK, Case, extra_moves, low_rank_flops, run
+from benchmarks.pod_programs import RANK, Case, copies, extra_moves, low_rank_flops, run
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -54,6 +54,18 @@ def test_a_step_fits_and_multiplies_what_the_floor_and_the_factors_need(case):
 @pytest.mark.parametrize("case", [*CPU, *FSDP, *TENSOR], ids=str)
 def test_a_step_moves_nothing_beyond_the_floor_but_factors(case):
     assert not extra_moves(found(case))
+
+
+@pytest.mark.parametrize("case", [*CPU, *FSDP, *TENSOR], ids=str)
+def test_a_step_copies_no_kernel_more_often_than_the_floor(case):
+    one = found(case)
+    assert one["step"]["copies of kernels"] <= one["floor"]["copies of kernels"]
+
+
+def test_copies_are_counted():
+    lines = ("%a = bf16[4,8]{1,0} copy(%x)", "%b = bf16[8,4]{0,1:T(8,128)} transpose(%x)", "%c = f32[4,8]{1,0} copy(%x)",
+             "%d = bf16[4,9]{1,0} copy(%x)", "%e = bf16[4,8]{1,0} add(%x, %x)")  # fmt: skip
+    assert copies("\n".join(lines), {32}) == 2
 
 
 @pytest.mark.parametrize("case", [*CPU, *FSDP, *TENSOR], ids=str)
