@@ -63,7 +63,7 @@ def test_a_step_copies_no_kernel_more_often_than_the_floor(case):
 
 
 def test_copies_are_counted():
-    lines = ("%a = bf16[4,8]{1,0} copy(%x)", "%b = bf16[8,4]{0,1:T(8,128)} transpose(%x)", "%c = f32[4,8]{1,0} copy(%x)",
+    lines = ("%a = bf16[4,8]{1,0} copy(%x)", "%b = bf16[8,4]{0,1:T(8,128)} transpose(%x)", "%c = f32[4,8] copy(%x)",
              "%d = bf16[4,9]{1,0} copy(%x)", "%e = bf16[4,8]{1,0} add(%x, %x)")  # fmt: skip
     assert copies("\n".join(lines), {32}) == 2
 
