@@ -27,7 +27,9 @@ class Makers:
           kind: equal for functions that do the same to bases of one shape and type.
           make: returns a node without its base. It sees no sharded axes, so it may sort and factorise.
         """
-        kind = (kind, tuple(base.shape), jnp.dtype(base.dtype), is_traced(base), getattr(base, "sharding", None))
+        is_abstract = isinstance(base, jax.ShapeDtypeStruct)
+        at = is_abstract, is_traced(base), sharding.sharding_of(base)
+        kind = (kind, tuple(base.shape), jnp.dtype(base.dtype), *at)
         made = next((made for known, made in self._known if known == kind), None)
         if made is None:
             made = _maker(make, base, *args)
@@ -67,10 +69,10 @@ def _tied(x: Any, axes: list[int | None], base: Any) -> Any:
     mine = [axis for axis in axes if axis is not None]
     if not mine:
         return x
-    thin = base
-    for axis in {*range(base.ndim)} - {*mine}:
+    others = [axis for axis in range(base.ndim) if axis not in mine]
+    thin = lax.transpose(base, [*mine, *others])
+    for axis in range(len(mine), base.ndim):
         thin = lax.slice_in_dim(thin, 0, 1, axis=axis)
-    order = [*mine, *({*range(base.ndim)} - {*mine})]
-    thin = lax.squeeze(lax.transpose(thin, order), range(len(mine), base.ndim))
+    thin = lax.squeeze(thin, range(len(mine), base.ndim))
     at = [i for i, axis in enumerate(axes) if axis is not None]
     return lax.select_n(lax.broadcast_in_dim(thin == thin, x.shape, at), lax.optimization_barrier(x), x)

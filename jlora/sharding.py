@@ -1,8 +1,7 @@
 """Placement: what stands beside a base lies where the base lies.
 
 An array takes the mesh axes of those of the base's axes that it has: A those of the in axes, B those of the out axes,
-both those of the batch axes; its own axes, such as the rank, are whole everywhere. Nothing is gathered: each device
-makes its own part.
+both those of the batch axes; its own axes, such as the rank, are whole everywhere.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 No dense gradient and no dense product: `test_cost.py`. Nothing silent: `test_wrap.py`, `test_apply.py`.
 """
 
+import math
+import re
 import warnings
 
 import jax
@@ -161,6 +163,8 @@ def test_neither_wrap_nor_the_step_gathers_a_base():
     exchanges = ("all-gather", "all-to-all", "collective-permute")
     made = jax.jit(lambda p: jlora.wrap(p, spec)).lower(plain).compile().as_text()
     assert not any(op in made for op in exchanges)
+    summed = re.findall(r"= \w+\[([\d,]*)\]\S* all-reduce", made)  # one column of a kernel at most
+    assert all(math.prod(map(int, filter(None, dims.split(",")))) <= 512 for dims in summed)
     params = jlora.wrap(plain, spec)
     mlp = lambda p, x: jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"]
     loss = lambda p, x: jnp.sum(jlora.apply(mlp)(p, x) ** 2)

@@ -301,3 +301,22 @@ def test_moments_spread_over_the_rest_of_the_mesh():
     assert error(found[0], tree) > 1e-3
     kept = found[1].inner_states["trainable"].inner_state[0].mu["layers"]["kernel"].lora_b
     assert kept.addressable_shards[0].data.size == kept.size // 8
+
+
+def test_kernels_that_differ_in_placement_alone_are_placed_apart():
+    """They share what makes their factors only where they lie alike."""
+    put = lambda kind, *spec: jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh(kind), P(*spec)))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        plain = {"a": {"kernel": put(kind, "fsdp")}, "b": {"kernel": put(kind, None, "tensor")}}
+        wrap = lambda tree: jlora.wrap(tree, jlora.LoraSpec(rank=2))
+        with jax.set_mesh(mesh(kind)):
+            for tree in (wrap(plain), jax.jit(wrap)(plain)):
+                assert tree["a"]["kernel"].lora_a.sharding.spec[0] == "fsdp"
+                assert tree["b"]["kernel"].lora_b.sharding.spec[1] == "tensor"
+
+
+def test_shapes_and_arrays_in_one_tree():
+    plan = {"a": {"kernel": jax.ShapeDtypeStruct((8, 16), jnp.float32)}, "b": {"kernel": np.ones((8, 16), np.float32)}}
+    tree = jlora.wrap(plan, jlora.LoraSpec(rank=2))
+    assert isinstance(tree["a"]["kernel"].lora_a, jax.ShapeDtypeStruct)
+    assert isinstance(tree["b"]["kernel"].lora_a, jax.Array)

@@ -42,6 +42,8 @@ def placed(mesh, params):
 
 PLACED = [(kind, "dense") for kind in KINDS if kind != "lora+layers"]
 PLACED += [(kind, "stacked") for kind in ("lora", "oft", "lora+layers", "lora+pissa")] + [("lora", "multi_axis")]
+REST = [(kind, use) for kind in KINDS for use in ("stacked", "multi_axis") if (kind, use) not in PLACED]
+PLACED += [pytest.param(*pair, marks=pytest.mark.slow) for pair in REST if pair != ("lora+layers", "multi_axis")]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,8 +15,8 @@ import jlora
 from jlora.examples.smollm2 import SmolLM2
 from jlora.paths import flatten
 
-# Dense bfloat16 FLOP/s of a device, by its `device_kind`. TPU: docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e,
-# "peak compute per chip"; NVIDIA: the data sheets of A100, H100 and H200, half of what they give with sparsity.
+# Dense bfloat16 FLOP/s of a device, by its `device_kind`, as its maker states them (half of those with sparsity); none
+# was measured here.
 PEAKS = {
     r"TPU v4": 275e12,
     r"TPU v5( lite|e)": 197e12,
