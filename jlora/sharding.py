@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jlora.fields import axes_of, map_fields
 from jlora.interpret.compat import is_traced
+from jlora.interpret.places import entries, names
 from jlora.nodes import is_node
 from jlora.paths import flatten
 
@@ -132,17 +133,13 @@ def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
 def _spread(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding with the mesh axes that it does not use, each on the largest axis that it divides."""
     mesh = sharding.mesh
-    split = [list(_names(entry)) for entry in (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))]
+    split = [list(names(entry)) for entry in entries(sharding.spec, len(shape))]
     part = lambda axis: shape[axis] // math.prod(mesh.shape[name] for name in split[axis])
     for name in mesh.axis_names:
         fitting = [axis for axis in range(len(shape)) if part(axis) % mesh.shape[name] == 0]
-        if fitting and mesh.shape[name] > 1 and all(name not in names for names in split):
+        if fitting and mesh.shape[name] > 1 and all(name not in taken for taken in split):
             split[max(fitting, key=part)].append(name)
-    return NamedSharding(mesh, PartitionSpec(*(tuple(names) if names else None for names in split)))
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    return NamedSharding(mesh, PartitionSpec(*(tuple(taken) or None for taken in split)))
 
 
 def _by_path(base_specs: Any) -> dict[str, PartitionSpec]:
@@ -182,14 +179,14 @@ def _check_paths(paths: list[str], keys: list[str | None], given: Mapping[str, P
 
 
 def _check_names(path: str, spec: PartitionSpec, mesh: Any) -> None:
-    names = [name for entry in spec for name in _names(entry)]
-    if unknown := [name for name in names if name not in mesh.axis_names]:
+    found = [name for entry in spec for name in names(entry)]
+    if unknown := [name for name in found if name not in mesh.axis_names]:
         raise ValueError(
             f"sharding.shardings: {spec} of {path} names {unknown[0]!r}, which is no axis of the mesh "
             f"({', '.join(map(str, mesh.axis_names))}). Logical names become a mesh's by "
             "flax.linen.logical_to_mesh(jlora.sharding.specs(tree, base_specs), rules)"
         )
-    if len({*names}) < len(names):
+    if len({*found}) < len(found):
         raise ValueError(f"sharding.shardings: {spec} of {path} names an axis of the mesh twice")
 
 
@@ -204,14 +201,14 @@ def _spec_of(path: str, leaf: Any, spec: PartitionSpec) -> Any:
 
 def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
     """The node with the spec of each array that is there, beside a base of this shape and spec."""
-    entries = (*spec, *[None] * (len(shape) - len(spec)))
+    along = entries(spec, len(shape))
 
     def of(dims: str, x: Any) -> PartitionSpec | None:
         if x is None:
             return None
         axes = axes_of(node, dims, x, shape)
         is_like_base = axes == list(range(len(shape)))
-        return spec if is_like_base else PartitionSpec(*(None if axis is None else entries[axis] for axis in axes))
+        return spec if is_like_base else PartitionSpec(*(None if axis is None else along[axis] for axis in axes))
 
     return map_fields(of, node)
 

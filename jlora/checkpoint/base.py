@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora.interpret.places import entries, names
 from jlora.nodes import TrainableParam, is_node
 
 SAMPLES = 16  # elements of each leaf that tell one base from another
@@ -123,12 +124,11 @@ def _here(
     mesh: Any, spec: PartitionSpec, shape: tuple[int, ...], part: tuple[int, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Which of the sampled elements this device has and no other device tells, and their indices in its part."""
-    parts = (*spec, *[None] * (len(shape) - len(spec)))
-    axes = [(names,) if isinstance(names, str) else tuple(names or ()) for names in parts]
-    is_first = [lax.axis_index(name) == 0 for name in mesh.axis_names if all(name not in names for names in axes)]
+    axes = [names(entry) for entry in entries(spec, len(shape))]
+    is_first = [lax.axis_index(name) == 0 for name in mesh.axis_names if all(name not in along for along in axes)]
     is_mine, at = functools.reduce(jnp.logical_and, is_first, jnp.array(True)), []
-    for place, names, size in zip(_places(shape), axes, part, strict=True):
-        offset = place - (lax.axis_index(names) if names else 0) * size
+    for place, along, size in zip(_places(shape), axes, part, strict=True):
+        offset = place - (lax.axis_index(along) if along else 0) * size
         is_mine = is_mine & (offset >= 0) & (offset < size)
         at.append(jnp.clip(offset, 0, max(size - 1, 0)))
     return is_mine, tuple(at)

@@ -227,14 +227,27 @@ class Checkpoints:
         del self._metrics[last]
         return self.load(params, state=state, variants=variants, check_base=check_base)
 
-    def _loaded(self, step: int | None, params: Any, state: Any, variants: Any, check_base: bool) -> Saved:
+    def extra(self, step: int | None = None) -> Any:
+        """What was saved as `extra` with a step, by default the last whole one; no array is read.
+
+        Raises:
+          FileNotFoundError: if there is no such step.
+        """
+        self.wait()
+        return backend.read_json(self._at(self.latest if step is None else step), RUN)["extra"]
+
+    def _at(self, step: int | None) -> Any:
+        """The directory of a whole step."""
         if step is None or step not in self._metrics:
             wanted = "no whole step" if step is None else f"no whole step {step}; it has {self.steps}"
-            raise FileNotFoundError(f"Checkpoints.load: {self.directory} has {wanted}")
-        at = self.directory / str(step)
+            raise FileNotFoundError(f"Checkpoints: {self.directory} has {wanted}")
+        return self.directory / str(step)
+
+    def _loaded(self, step: int | None, params: Any, state: Any, variants: Any, check_base: bool) -> Saved:
+        at = self._at(step)
         tree = adapter.load(at, params, variants=variants, check_base=check_base)
         told = backend.read_json(at, RUN)
-        return Saved(step, tree, restored(at, state, told["state"], tree), told["extra"])
+        return Saved(int(at.name), tree, restored(at, state, told["state"], tree), told["extra"])
 
     def __enter__(self) -> Self:
         return self

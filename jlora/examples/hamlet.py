@@ -27,7 +27,7 @@ from jlora.examples.smollm2 import (
     next_token_losses,
     perplexity,
 )
-from jlora.examples.training import count, learning_rate, running_mean
+from jlora.examples.training import count, exit_code, learning_rate, running_mean
 
 LENGTH, BATCH, SCALE = 128, 4, 2
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,15 +36,8 @@ PROMPT = "Enter the Ghost of the King\n"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
-    try:
-        run(parse(argv))
-    except (FetchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    args = parse(argv)
+    return exit_code(lambda: run(args), FetchError, OSError)
 
 
 def run(args: argparse.Namespace) -> None:

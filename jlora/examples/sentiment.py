@@ -32,7 +32,7 @@ import jlora
 from jlora.examples.fetch import MINILM, MOVIES, FetchError, fetch, read_member
 from jlora.examples.minilm import Classifier, MiniLM, encode, load_params, load_tokenizer
 from jlora.examples.plots import save_curves
-from jlora.examples.training import BATCH, Data, accuracy, count, in_batches, interrupt_flag, train
+from jlora.examples.training import BATCH, Data, accuracy, count, exit_code, in_batches, interrupt_flag, train
 
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LENGTH, SCALE = 64, 2
@@ -47,14 +47,7 @@ SENTENCES = (
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
     args = parse(argv)
-    try:
-        return run(args)
-    except (FetchError, AdapterError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(args), FetchError, AdapterError, OSError)
 
 
 def run(args: argparse.Namespace) -> int:

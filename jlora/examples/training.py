@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,18 @@ def in_batches(fn: Callable, params: Any, data: Data, label: str | None = None) 
 def accuracy(fn: Callable, params: Any, data: Data, label: str | None = None) -> float:
     """Returns the fraction of rows where the largest logit is the label's."""
     return float((in_batches(fn, params, data, label).argmax(-1) == data["labels"]).mean())
+
+
+def exit_code(job: Callable[[], int | None], *expected: type[Exception]) -> int:
+    """Returns a job's exit code: its own, 1 after an expected error, which is printed, 130 after a Ctrl-C."""
+    try:
+        return job() or 0
+    except expected as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 @contextmanager

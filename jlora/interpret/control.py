@@ -18,6 +18,7 @@ from jax import lax
 from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.places import entries, names, of_factor
 
 
 def jit(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
@@ -205,18 +206,15 @@ def _cuts(value: Any, spec: Any, mesh: Any) -> bool:
     """Whether a shard would hold a part of a block of an input transform."""
     if not isinstance(value, Factored) or not value.turns or value.turned_axis is None:
         return False
-    entry = spec[value.turned_axis] if value.turned_axis < len(spec) else None
-    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    shard = value.base.shape[value.turned_axis] // math.prod(mesh.shape[name] for name in names)
-    return any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns) and bool(names)
+    along = names(entries(spec, value.ndim)[value.turned_axis])
+    shard = value.base.shape[value.turned_axis] // math.prod(mesh.shape[name] for name in along)
+    return bool(along) and any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns)
 
 
 def _split_spec(value: Any, spec: Any) -> Any:
     if not isinstance(value, Tracked):
         return spec
-    places = [*spec, *[None] * (value.ndim - len(spec))]
-    along = lambda factor: jax.P(*(n if i in value.owned(factor) else None for i, n in enumerate(places)), None)
-    split = value.replace(base=spec, factors=tuple(along(factor) for factor in value.factors))
+    split = value.replace(base=spec, factors=tuple(of_factor(value, factor, spec) for factor in value.factors))
     return split if _key(value) is None else split.replace(key=jax.P())
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jlora.interpret import compat
 from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.manual import varying
+from jlora.interpret.places import names, of_factor
 
 
 def reshard(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
@@ -31,30 +32,22 @@ def sharding_constraint(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
 
 
 def _moved(weight: Tracked, factor: Any, sharding: NamedSharding, move: Callable[..., Any]) -> Any:
-    owned = weight.owned(factor)
-    entries = [*sharding.spec, *[None] * (weight.ndim - len(sharding.spec))]
-    spec = PartitionSpec(*(entry if i in owned else None for i, entry in enumerate(entries)), None)
-    return move(factor, sharding.update(spec=spec))
+    return move(factor, sharding.update(spec=of_factor(weight, factor, sharding.spec)))
 
 
 def all_gather(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Put together from the shards of a mesh axis: so are the factors that are split along it."""
-    axis, names = eqn.params["all_gather_dimension"], {*_names(eqn)}
-    gathers = lambda factor: _is_split(weight, factor, axis, names) if eqn.params["tiled"] else True
+    axis, over = eqn.params["all_gather_dimension"], {*names(eqn.params["axis_name"])}
+    gathers = lambda factor: _is_split(weight, factor, axis, over) if eqn.params["tiled"] else True
     gathered = lambda factor: compat.bind(eqn, [factor]) if gathers(factor) else factor
     return weight.view(compat.bind(eqn, [weight.base]), gathered)
 
 
-def _is_split(weight: Tracked, factor: Any, axis: int, names: set[str]) -> bool:
+def _is_split(weight: Tracked, factor: Any, axis: int, over: set[str]) -> bool:
     """Whether a factor has an axis of the base, of which this is a shard; one of size 1 is told by its varying."""
     if weight.base.shape[axis] != 1:
         return axis in weight.owned(factor)
-    return bool(varying(factor) & names) or not varying(weight.base)
-
-
-def _names(eqn: Any) -> tuple[str, ...]:
-    names = eqn.params["axis_name"]
-    return names if isinstance(names, tuple) else (names,)
+    return bool(varying(factor) & over) or not varying(weight.base)
 
 
 def ppermute(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:

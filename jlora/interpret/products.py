@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora.interpret.places import names
+
 Labels = tuple[Hashable, ...]
 
 
@@ -57,10 +59,9 @@ def _place(x: Any, xs: Labels, y: Any, ys: Labels, made: Labels) -> Any:
     pairs = [pair for v, labels in ((y, ys), (x, xs)) for pair in zip(labels, jax.typeof(v).sharding.spec, strict=True)]
     places, taken = dict(pairs), set()
     spec = []
-    for axes in map(places.get, made):
-        names = {*axes} if isinstance(axes, tuple) else {axes} - {None}
-        spec.append(None if names & taken else axes)
-        taken |= names
+    for entry in map(places.get, made):
+        spec.append(None if taken & {*names(entry)} else entry)
+        taken |= {*names(entry)}
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 

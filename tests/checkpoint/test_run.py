@@ -261,6 +261,15 @@ def test_half_written_steps_are_no_steps_and_are_cleaned_away(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "notes"]
 
 
+def test_what_was_said_is_read_without_arrays(tmp_path):
+    checkpoints = saved(tmp_path, [1, 2])
+    for item in ("adapter", "state"):
+        shutil.rmtree(tmp_path / "2" / item / "d")
+    assert checkpoints.extra() == {"at": 2} and checkpoints.extra(1) == {"at": 1}
+    with pytest.raises(FileNotFoundError, match="no whole step 3"):
+        checkpoints.extra(3)
+
+
 def test_refusals(tmp_path):
     checkpoints = saved(tmp_path, [1, 2])
     with pytest.raises(FileExistsError, match="2 is there already"):

@@ -28,7 +28,7 @@ from jlora.examples.pod.mesh import ACTIVATIONS, AXES, check_batch, check_model,
 from jlora.examples.pod.processes import PodError, start, stop_on_signal
 from jlora.examples.pod.step import perplexity
 from jlora.examples.smollm2 import PRETRAINED, SmolLM2
-from jlora.examples.training import count
+from jlora.examples.training import count, exit_code
 
 TINY = SmolLM2(vocab=256, width=64, heads=4, kv_heads=2, hidden=128, layers=2)
 REMAT = {"none": (), "full": (), "outputs": ("attention", "mlp")}
@@ -37,17 +37,15 @@ REMAT = {"none": (), "full": (), "outputs": ("attention", "mlp")}
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
     args = parse(argv)
-    try:
-        start(args)
-        mesh = make_mesh(args.mesh)
-        with jax.set_mesh(mesh), stop_on_signal() as stop:
-            return run(args, mesh, stop)
-    except (PodError, FetchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: start_and_run(args), PodError, FetchError, OSError)
+
+
+def start_and_run(args: argparse.Namespace) -> int:
+    """Joins the other processes and runs the job on the mesh of all devices."""
+    start(args)
+    mesh = make_mesh(args.mesh)
+    with jax.set_mesh(mesh), stop_on_signal() as stop:
+        return run(args, mesh, stop)
 
 
 def run(args: argparse.Namespace, mesh: Mesh, stop: Any) -> int:

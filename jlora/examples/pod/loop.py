@@ -83,7 +83,7 @@ def resumed(checkpoints: Any, params: Any, tx: optax.GradientTransformation, arg
     if checkpoints.latest is None:
         return 0, params, first_state(tx, params)
     base = jlora.unwrap(params)
-    settings = checkpoints.load(base, check_base=False).extra["settings"]
+    settings = checkpoints.extra()["settings"]
     if differing := [name for name in SETTINGS if settings[name] != getattr(args, name)]:
         told = ", ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in differing)
         raise PodError(
