@@ -4,7 +4,7 @@
 factored cost, `optimizer` trains the adapters and holds the base, `merge` gives a plain tree again, W + scale * A @ B.
 """
 
-from jlora import checkpoint, init, optim, peft, sharding, variants
+from jlora import checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.axes import Axes
 from jlora.convert import fold_and_restart, to_plain_lora
@@ -40,6 +40,7 @@ __all__ = [
     "optimizer",
     "partition",
     "peft",
+    "quant",
     "sharding",
     "sites",
     "summary",

@@ -17,11 +17,13 @@ from jlora.checks import check_fit, check_value
 from jlora.fields import leaf_fields
 from jlora.interpret.contract import CONTRACTIONS
 from jlora.interpret.control import CONTROL
-from jlora.interpret.factored import Factored
+from jlora.interpret.factored import Factored, plain
 from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.quantised import Quantised, shape_of
 from jlora.interpret.views import VIEWS
-from jlora.nodes import is_node
+from jlora.nodes import is_node, is_unit
 from jlora.paths import checked_key, flatten, refill
+from jlora.qarray import is_qarray
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array
@@ -47,7 +49,8 @@ def apply(
     dropout. Like `jax.jit`, it traces `fn`, so Python can't branch on the values of arrays in it.
 
     Args:
-      fn: any function. An argument that contains a wrapped node is a parameter tree; others are passed on as they are.
+      fn: any function. An argument that contains a wrapped node, or a quantised leaf, is a parameter tree;
+        others are passed on as they are.
       rng: a PRNG key that switches the adapters' dropout on.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
@@ -78,32 +81,42 @@ def run_on_wrapped(
     fn: Callable[..., Any], interpreter: Interpreter, rng: jax.Array | None, freeze: bool, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Traces `fn` with the bases in place of the nodes, then evaluates the trace on the weights."""
-    paths, leaves, treedef = flatten((args, kwargs), is_node)
-    places = [i for i, leaf in enumerate(leaves) if is_node(leaf)]
+    paths, leaves, treedef = flatten((args, kwargs), is_unit)
+    places = [i for i, leaf in enumerate(leaves) if is_unit(leaf)]
     if not places:
         return fn(*args, **kwargs)
     for i in places:
-        check_fit("apply", _inside(paths[i]), leaves[i])
+        if is_node(leaves[i]):
+            check_fit("apply", _inside(paths[i]), leaves[i])
     if freeze:
         leaves = _frozen((args, kwargs), leaves)
-    values = [leaves[i].effective(_inside(paths[i]), _key(rng, paths[i], leaves[i])) for i in places]
-    for i, value in zip(places, values, strict=True):
-        check_value(_inside(paths[i]), leaves[i], value)
+    values = [_value(_inside(paths[i]), leaves[i], _key(rng, paths[i], leaves[i])) for i in places]
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
 
-    def plain(bases: list[Any]) -> list[Any]:
+    def on_bases(bases: list[Any]) -> list[Any]:
         args, kwargs = arguments_of(bases)
         outputs, outdef = jax.tree.flatten(fn(*args, **kwargs))
         result[:] = [[_COMPUTED if isinstance(x, jax.Array) else x for x in outputs], outdef]
         return [x for x in outputs if isinstance(x, jax.Array)]
 
-    bases = [v.base if isinstance(v, Factored) else v for v in values]
-    jaxpr = jax.make_jaxpr(plain)(bases)
+    bases = [shape_of(v.base) if isinstance(v, Factored) else v for v in values]
+    jaxpr = jax.make_jaxpr(on_bases)(bases)
     outputs, outdef = result
     arrays = interpreter.arrays(interpreter.run(jaxpr, values), None, "the function returns it")
     computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
     return outdef.unflatten([next(computed) if x is _COMPUTED else x for x in outputs])
+
+
+def _value(path: str, leaf: Any, key: Any) -> Any:
+    """What a node, or a quantised leaf, stands for."""
+    if is_qarray(leaf):
+        return plain(Quantised(leaf), name=path)
+    if is_qarray(leaf.base):
+        leaf = dataclasses.replace(leaf, base=Quantised(leaf.base))
+    value = leaf.effective(path, key)
+    check_value(path, leaf, value)
+    return value
 
 
 def _array(x: Any, aval: Any) -> Any:
@@ -116,14 +129,14 @@ def _frozen(arguments: tuple[Any, Any], leaves: list[Any]) -> list[Any]:
     args, kwargs = arguments
     frozen: list[Any] = []
     for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
-        part = leaves[len(frozen) : len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_node))]
-        frozen += [_stopped(leaf) for leaf in part] if any(map(is_node, part)) else part
+        part = leaves[len(frozen) : len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_unit))]
+        frozen += [_stopped(leaf) for leaf in part] if any(map(is_unit, part)) else part
     return frozen
 
 
 def _stopped(leaf: Any) -> Any:
     if not is_node(leaf):
-        return _stop(leaf)
+        return jax.tree.map(_stop, leaf)
     fields = [f.name for f in leaf_fields(leaf) if not f.metadata.get("trained")]
     return dataclasses.replace(leaf, **{name: jax.tree.map(_stop, getattr(leaf, name)) for name in fields})
 
@@ -150,7 +163,7 @@ def _interpreter(fallback: str) -> Interpreter:
 
 
 def _densify(fallback: str, interpreter: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:
-    if fallback != "ignore":
+    if fallback != "ignore" and weight.roles:
         line = interpreter.source(eqn)
         where = f" at {line}" if line else ""
         message = (

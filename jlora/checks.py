@@ -7,14 +7,15 @@ from typing import Any
 
 import jax
 
-from jlora.fields import GROUPS, is_none, leaf_fields, map_fields, own_sizes, sizes_of
+from jlora.fields import GROUPS, leaf_fields, map_fields, own_sizes, sizes_of
 from jlora.interpret.factored import Factored
 from jlora.nodes import AdaptedParam
+from jlora.qarray import is_hole, is_whole
 
 
 def check_whole(where: str, path: str, node: AdaptedParam) -> None:
     """Refuses a node that lacks some of its arrays."""
-    if any(x is None for f in leaf_fields(node) for x in jax.tree.leaves(getattr(node, f.name), is_leaf=is_none)):
+    if any(is_hole(x) for f in leaf_fields(node) for x in jax.tree.leaves(getattr(node, f.name), is_leaf=is_whole)):
         raise ValueError(
             f"{where}: {path} lacks some of its arrays, as in one half of jlora.partition; jlora.combine the two first"
         )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jlora import init as inits
 from jlora.axes import Axes
 from jlora.fields import GROUPS, mapped, matrices, sizes_of
+from jlora.qarray import dense
 
 if TYPE_CHECKING:
     from jlora.spec import LoraSpec
@@ -83,7 +84,7 @@ class Kernel:
 
     def matrix(self, base: Any) -> jax.Array:
         """The kernel as matrices: of shape (batch..., in, out), with in axes and out axes flattened, in float32."""
-        return matrices(self, jnp.asarray(base))
+        return matrices(self, jnp.asarray(dense(base)))
 
     def low_rank(self, base: Any, key: jax.Array) -> dict[str, Any]:
         """The factors that the spec's `init` makes: lora_a and lora_b, and start where they are parts of W."""

@@ -20,6 +20,7 @@ from jlora.axes import Axes
 from jlora.fields import GROUPS, PAIR, frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
 from jlora.interpret.products import transposed
+from jlora.qarray import is_qarray
 
 if TYPE_CHECKING:
     from jlora.kernel import Kernel
@@ -212,3 +213,8 @@ class TrainableParam(AdaptedParam):
 def is_node(x: Any) -> bool:
     """Whether `x` is a node of a wrapped tree."""
     return isinstance(x, AdaptedParam)
+
+
+def is_unit(x: Any) -> bool:
+    """Whether `x` stands where one leaf of the plain tree stood: a node, or a quantised leaf."""
+    return is_node(x) or is_qarray(x)

@@ -12,6 +12,7 @@ from jax import lax
 from jlora import sharding
 from jlora.fields import axes_of, map_fields
 from jlora.interpret.compat import is_traced
+from jlora.qarray import codes
 
 
 class Makers:
@@ -27,8 +28,8 @@ class Makers:
           kind: equal for functions that do the same to bases of one shape and type.
           make: returns a node without its base. It sees no sharded axes, so it may sort and factorise.
         """
-        is_abstract = isinstance(base, jax.ShapeDtypeStruct)
-        at = is_abstract, is_traced(base), sharding.sharding_of(base)
+        is_abstract = isinstance(codes(base), jax.ShapeDtypeStruct)
+        at = is_abstract, is_traced(codes(base)), sharding.sharding_of(base)
         kind = (kind, tuple(base.shape), jnp.dtype(base.dtype), *at)
         made = next((made for known, made in self._known if known == kind), None)
         if made is None:
@@ -40,11 +41,12 @@ class Makers:
 def _maker(make: Callable[..., Any], base: Any, *args: Any) -> Callable[..., Any]:
     """The function that makes a node beside such a base."""
     at = sharding.sharding_of(base)
-    if at is None and not isinstance(base, jax.ShapeDtypeStruct):
-        return (lambda base, *args: _alike(make(base, *args), base)) if is_traced(base) else make
+    is_abstract = isinstance(codes(base), jax.ShapeDtypeStruct)
+    if at is None and not is_abstract:
+        return (lambda base, *args: _alike(make(base, *args), codes(base))) if is_traced(codes(base)) else make
     node = jax.eval_shape(make, jax.ShapeDtypeStruct(base.shape, base.dtype), *args)
     where = sharding.of_node(node, base)
-    if isinstance(base, jax.ShapeDtypeStruct):
+    if is_abstract:
         plan = node if where is None else jax.tree.map(_placed_plan, node, where)
         return lambda *_: plan
     if at is not None and at.mesh.explicit_axes:

@@ -16,7 +16,8 @@ from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.nodes import is_node
 from jlora.paths import flatten, split_arrays
-from jlora.tree import TRAINABLE, has_nodes, labels, unwrap
+from jlora.qarray import is_qarray, nbits
+from jlora.tree import TRAINABLE, has_nodes, labels, partition, unwrap
 
 MAX_ROWS = 200
 
@@ -89,14 +90,13 @@ def summary(tree: Any) -> Table:
         if is_node(leaf):
             check_whole("summary", path, leaf)
     rows = [_summary_row(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]
-    marks = jax.tree.leaves(labels(tree))
-    pairs = [(x, mark) for x, mark in zip(jax.tree.leaves(tree), marks, strict=True) if hasattr(x, "dtype")]
-    arrays, trained = [x for x, _ in pairs], [x for x, mark in pairs if mark == TRAINABLE]
+    arrays = [x for x in jax.tree.leaves(tree, is_leaf=is_qarray) if hasattr(x, "dtype")]
+    trained = jax.tree.leaves(partition(tree)[0])
     count, all_ = sum(map(_size, trained)), sum(map(_size, arrays))
     percent = f"{100 * count / max(all_, 1):.2f}%"
     total = (
         f"trainable {count:,} of {_short(all_)}, {percent}; "
-        f"{_bytes(sum(map(_nbytes, trained)))} of {_bytes(sum(map(_nbytes, arrays)))}"
+        f"{_bytes(sum(map(nbits, trained)) / 8)} of {_bytes(sum(map(nbits, arrays)) / 8)}"
     )
     return Table(("path", "shape", "adapter", "rank", "scale", "trainable"), tuple(rows), (total,))
 
@@ -158,7 +158,8 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     def plain(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
-        return _arrays_only(fn(unwrap(tree), *args, **kwargs))
+        silent = Interpreter(RULES, lambda _, weight, *__: weight.dense())  # walks only where leaves are quantised
+        return _arrays_only(run_on_wrapped(fn, silent, None, True, unwrap(tree), *args, **kwargs))
 
     jax.eval_shape(adapted, arrays)
     return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays))
@@ -195,10 +196,6 @@ def _tail(source: str) -> str:
 
 def _size(x: Any) -> int:
     return math.prod(x.shape)
-
-
-def _nbytes(x: Any) -> int:
-    return _size(x) * x.dtype.itemsize
 
 
 def _short(n: float, giga: str = "B") -> str:

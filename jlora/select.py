@@ -13,6 +13,7 @@ from jlora.conventions import is_bias, is_kernel, is_linear, is_output_layer
 from jlora.interpret.sites import Site
 from jlora.kernel import Kernel
 from jlora.paths import Pattern, flatten, is_of_modules, matcher, module_of, nearest
+from jlora.qarray import is_qarray
 from jlora.spec import LoraSpec
 
 Sites = Mapping[str, Site]
@@ -54,7 +55,7 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
             "jlora.wrap(params, spec, sites=jlora.sites(fn, params, *args)), or name them in targets"
         )
     _check_overrides(spec.overrides, paths, targets)
-    for path in sorted(full):
+    for path in sorted(full | {*tokens}):
         _check_trainable(path, by_path[path])
     return Selection(targets, full, tokens)
 
@@ -163,6 +164,11 @@ def _check_overrides(patterns: Iterable[Pattern], paths: Sequence[str], targets:
 
 
 def _check_trainable(path: str, leaf: Any) -> None:
+    if is_qarray(leaf):
+        raise ValueError(
+            f"wrap: {path} can't train in full, or some of its rows, since it is quantised; take it out of the targets "
+            "of jlora.quant.quantize with exclude=..., or of what trains"
+        )
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         found = jnp.dtype(dtype).name if dtype is not None else repr(leaf)

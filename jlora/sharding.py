@@ -6,6 +6,7 @@ both those of the batch axes; its own axes, such as the rank, are whole everywhe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,8 +17,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jlora.fields import axes_of, map_fields
 from jlora.interpret.compat import is_traced
 from jlora.interpret.places import entries, names
-from jlora.nodes import is_node
+from jlora.interpret.stored import placed
+from jlora.nodes import is_node, is_unit
 from jlora.paths import flatten
+from jlora.qarray import codes, is_qarray
 
 
 def specs(tree: Any, base_specs: Any) -> Any:
@@ -46,7 +49,7 @@ def specs(tree: Any, base_specs: Any) -> Any:
       (True, True)
     """
     given = _by_path(base_specs)
-    paths, leaves, treedef = flatten(tree, is_node)
+    paths, leaves, treedef = flatten(tree, is_unit)
     keys = [_nearest(path, given) for path in paths]
     _check_paths(paths, keys, given)
     specs = [given[key] for key in keys if key is not None]
@@ -75,7 +78,7 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
         for path, spec in zip(paths, leaves, strict=True):
             _check_names(path, spec, mesh)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=_is_spec)
-    return jax.tree.map(_own, tree, is_leaf=is_node)
+    return jax.tree.map(_own, tree, is_leaf=is_unit)
 
 
 def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
@@ -196,7 +199,16 @@ def _spec_of(path: str, leaf: Any, spec: PartitionSpec) -> Any:
             f"sharding.specs: {spec} has {len(spec)} entries, but {path} of shape {tuple(leaf.shape)} has "
             f"{len(leaf.shape)} axes"
         )
-    return _node_specs(leaf, tuple(leaf.shape), spec) if is_node(leaf) else spec
+    return _node_specs(leaf, tuple(leaf.shape), spec) if is_node(leaf) else _leaf_specs(leaf, spec)
+
+
+def _leaf_specs(leaf: Any, spec: PartitionSpec) -> Any:
+    """The spec of a leaf; of a quantised one those of its arrays, on the axes of which they have more than one tile."""
+    if not is_qarray(leaf):
+        return spec
+    along = entries(spec, len(leaf.shape))
+    some = lambda x: PartitionSpec(*(entry if n > 1 else None for n, entry in zip(x.shape, along, strict=True)))
+    return jax.tree.map(lambda x: spec if x is leaf.qvalue else some(x), leaf)
 
 
 def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
@@ -206,6 +218,8 @@ def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
     def of(dims: str, x: Any) -> PartitionSpec | None:
         if x is None:
             return None
+        if is_qarray(x):
+            return _leaf_specs(x, spec)
         axes = axes_of(node, dims, x, shape)
         is_like_base = axes == list(range(len(shape)))
         return spec if is_like_base else PartitionSpec(*(None if axis is None else along[axis] for axis in axes))
@@ -214,6 +228,9 @@ def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
 
 
 def _own(leaf: Any) -> Any:
+    if is_qarray(leaf):
+        at = sharding_of(leaf)
+        return jax.tree.map(lambda _: None, leaf) if at is None else placed(leaf, at)
     if not is_node(leaf):
         return sharding_of(leaf)
     found = of_node(leaf, leaf.base)
@@ -226,11 +243,13 @@ def of_node(node: Any, base: Any) -> Any:
     if sharding is None:
         return None
     found = _node_specs(node, tuple(base.shape), sharding.spec)
-    return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), found, is_leaf=_is_spec)
+    found = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), found, is_leaf=_is_spec)
+    return dataclasses.replace(found, base=placed(node.base, sharding)) if is_qarray(node.base) else found
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
     """Where an array lies on a mesh; None where that is not said, or said by the program that is being traced."""
+    x = codes(x)
     sharding = jax.typeof(x).sharding if is_traced(x) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None

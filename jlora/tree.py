@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora import qarray
 from jlora.checks import check_fit, check_whole
 from jlora.fields import leaf_fields
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
-from jlora.nodes import is_node
+from jlora.nodes import is_node, is_unit
 from jlora.paths import flatten
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -31,14 +33,16 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
 
     Args:
       tree: a wrapped tree.
-      dtype: of the merged kernels; None keeps each base's.
+      dtype: of the merged kernels, and of quantised leaves, which become dense; None keeps each base's, and leaves
+        what is quantised and not adapted as it is.
 
     Returns:
       The tree that was wrapped, with the kernels merged; leaves trained in full have their trained values.
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
-      ValueError: if `dtype` is no floating type, or the tree is one half of `partition`.
+      ValueError: if `dtype` is no floating type, an adapter stands on a quantised base and no `dtype` is given, or the
+        tree is one half of `partition`.
 
     Warns:
       MergePrecisionWarning: if rounding to the kernel's type loses more than half of an adapter (seen only where the
@@ -52,23 +56,40 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"merge: dtype must be a floating type, found {jnp.dtype(dtype).name}")
-    paths, leaves, treedef = flatten(_wrapped("merge", tree), is_node)
+    paths, leaves, treedef = flatten(_wrapped("merge", tree), is_unit)
     return treedef.unflatten([_merged(leaf, path, dtype) for path, leaf in zip(paths, leaves, strict=True)])
 
 
 def _merged(leaf: Any, path: str, dtype: Any) -> Any:
-    if not is_node(leaf):
+    if not is_node(leaf) and (dtype is None or not qarray.is_qarray(leaf)):
         return leaf
-    check_fit("merge", path, leaf)
+    if is_node(leaf):
+        check_fit("merge", path, leaf)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
         merged = jax.eval_shape(lambda node: _merged(node, path, dtype), leaf)
-        return jax.ShapeDtypeStruct(merged.shape, merged.dtype, sharding=getattr(leaf.base, "sharding", None))
+        place = getattr(qarray.codes(leaf.base if is_node(leaf) else leaf), "sharding", None)
+        return jax.ShapeDtypeStruct(merged.shape, merged.dtype, sharding=place)
+    if qarray.is_qarray(leaf):
+        return qarray.dense(leaf, dtype)
+    if qarray.is_qarray(leaf.base):
+        leaf = dataclasses.replace(leaf, base=_dense_base(path, leaf, dtype))
     value = leaf.effective(path, None)
     if not isinstance(value, Factored):
         return value
     merged = value.dense(dtype)
     _check_precision(path, value, merged)
     return merged
+
+
+def _dense_base(path: str, node: Any, dtype: Any) -> Any:
+    if dtype is None:
+        raise ValueError(
+            f"merge: the base of {path} is quantised, to {qarray.nbits(node.base) / math.prod(node.shape):.1f} bits a "
+            "weight, too few for a small update: rounding would take most of it. Give the type of a dense result, as "
+            "in jlora.merge(tree, dtype=jnp.bfloat16), or quantise the sum again and see what is lost, by "
+            "jlora.quant.requantize(tree)"
+        )
+    return qarray.dense(node.base, jnp.float32)
 
 
 def _check_precision(path: str, value: Factored, merged: Any) -> None:
@@ -97,7 +118,7 @@ def unwrap(tree: Any) -> Any:
     """
     paths, leaves, treedef = flatten(_wrapped("unwrap", tree), is_node)
     for path, leaf in zip(paths, leaves, strict=True):
-        if is_node(leaf) and leaf.base is None:
+        if is_node(leaf) and qarray.is_hole(leaf.base):
             check_whole("unwrap", path, leaf)
     return treedef.unflatten([leaf.base if is_node(leaf) else leaf for leaf in leaves])
 

@@ -15,9 +15,10 @@ from jlora.conventions import kernel_axes
 from jlora.interpret.sites import Site
 from jlora.kernel import Kernel
 from jlora.layers import chosen_paths, chosen_slices
-from jlora.nodes import AdaptedParam, TrainableParam, is_node
+from jlora.nodes import AdaptedParam, TrainableParam, is_node, is_unit
 from jlora.paths import checked_key, flatten
 from jlora.placement import Makers
+from jlora.qarray import codes
 from jlora.select import biases_of, lora_biases, select, sites_of
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
@@ -58,7 +59,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     """
     if not isinstance(spec, LoraSpec):
         raise TypeError(f"wrap: spec must be a jlora.LoraSpec, found {type(spec).__name__}")
-    paths, leaves, treedef = flatten(params, is_node)
+    paths, leaves, treedef = flatten(params, is_unit)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_node(leaf):
             raise TypeError(
@@ -91,7 +92,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
 def adapt(base: Any, kernel: Kernel, root: jax.Array, makers: Makers) -> AdaptedParam:
     """The node of one kernel, its arrays placed as the base is; its key comes from `root` and its path."""
     make = lambda base, key: _bare(kernel.spec.node.create(base, kernel, key))
-    is_planned = isinstance(base, jax.ShapeDtypeStruct)
+    is_planned = isinstance(codes(base), jax.ShapeDtypeStruct)
     key = root if is_planned else jax.random.fold_in(root, zlib.crc32(kernel.path.encode()))
     node = _beside(base, makers(dataclasses.replace(kernel, path=""), make, base, key))
     check_made(kernel.path, node)

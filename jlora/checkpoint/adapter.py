@@ -13,7 +13,7 @@ from jlora.checkpoint import backend, base
 from jlora.checkpoint.about import about, arrays, empty, filled, targets
 from jlora.checkpoint.processes import agreed
 from jlora.checks import check_whole
-from jlora.nodes import AdaptedParam, is_node
+from jlora.nodes import AdaptedParam, is_node, is_unit
 from jlora.paths import flatten
 from jlora.tree import has_nodes
 
@@ -56,7 +56,7 @@ def contents(call: str, tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is saved of a wrapped tree: the arrays of its nodes, and what is said of them and of the base."""
     if not has_nodes(tree):
         raise TypeError(f"{call} takes a tree that jlora.wrap returned; no leaf of this one is wrapped")
-    paths, leaves, _ = flatten(tree, is_node)
+    paths, leaves, _ = flatten(tree, is_unit)
     by_path = dict(zip(paths, leaves, strict=True))
     nodes = {path: leaf for path, leaf in by_path.items() if is_node(leaf)}
     for path, node in nodes.items():
@@ -94,7 +94,7 @@ def load(
     """
     at = backend.path_of(directory)
     told = describe(directory)
-    paths, leaves, treedef = flatten(params, is_node)
+    paths, leaves, treedef = flatten(params, is_unit)
     if wrapped := [path for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]:
         raise TypeError(f"checkpoint.load: {wrapped[0]} is wrapped already; jlora.unwrap the tree first")
     by_path = dict(zip(paths, leaves, strict=True))

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret.places import entries, names
 from jlora.nodes import TrainableParam, is_node
+from jlora.qarray import codes
 
 SAMPLES = 16  # elements of each leaf that tell one base from another
 
@@ -29,7 +30,8 @@ def told(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     bases = {path: x.base if is_node(x) else x for path, x in leaves.items() if hasattr(x, "shape")}
     known = {path: x for path, x in bases.items() if not isinstance(leaves[path], TrainableParam)}
-    samples = sampled({path: x for path, x in known.items() if not isinstance(x, jax.ShapeDtypeStruct)})
+    arrays = {path: codes(x) for path, x in known.items()}
+    samples = sampled({path: x for path, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)})
     shape = lambda x: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
     return {path: shape(x) | ({"sample": samples[path]} if path in samples else {}) for path, x in bases.items()}
 
@@ -52,7 +54,8 @@ def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], 
     if not values_too:
         return
     expected = {path: x["sample"] for path, x in theirs.items() if "sample" in x}
-    known = {path: x for path, x in ours.items() if path in expected and not isinstance(x, jax.ShapeDtypeStruct)}
+    arrays = {path: codes(x) for path, x in ours.items() if path in expected}
+    known = {path: x for path, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
     found = sampled(known)
     if differing := [path for path in known if found[path] != expected[path]]:
         raise ValueError(

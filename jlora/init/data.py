@@ -22,6 +22,7 @@ from jlora.init.spectral import leading
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes import AdaptedParam, is_node
 from jlora.paths import flatten, refill
+from jlora.qarray import dense
 from jlora.tree import unwrap
 
 Loss = Callable[[Any, Any], Any]
@@ -155,10 +156,10 @@ def lora_ga(
     def plain(bases: list[Any], tree: Any, batch: Any) -> jax.Array:
         _, nodes, put = _adapted("lora_ga", tree)
         given = [dataclasses.replace(node, base=base) for node, base in zip(nodes, bases, strict=True)]
-        return loss(unwrap(put(given)), batch)
+        return apply(loss, fallback="ignore", freeze=False)(unwrap(put(given)), batch)
 
     gradient = _jitted(jax.grad(plain), batches)
-    grads = _sums([gradient([node.base for node in nodes], tree, batch) for batch in batches])
+    grads = _sums([gradient([dense(node.base) for node in nodes], tree, batch) for batch in batches])
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     return put([_from_gradient(*each, gamma, niter) for each in zip(nodes, grads, keys, strict=True)])
 

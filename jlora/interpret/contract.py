@@ -19,6 +19,7 @@ from jlora.interpret.factored import Factored, Tracked, product, scaled_by, whol
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.manual import varying
 from jlora.interpret.products import Labels, cast, contract, placed_as, scaled, swapped
+from jlora.interpret.quantised import array_of, bound
 
 
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -30,7 +31,7 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
         lhs = interpreter.densify(lhs, eqn, "both operands of the product are adapted: this one is computed densely")
     is_left = isinstance(lhs, Factored)
     weight: Any = lhs if is_left else rhs
-    shapes = [jnp.ndim(value.base if isinstance(value, Tracked) else value) for value in (lhs, rhs)]
+    shapes = [value.ndim if isinstance(value, Tracked) else jnp.ndim(value) for value in (lhs, rhs)]
     ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *shapes)
     x, xs, ws = (rhs, rs, ls) if is_left else (lhs, ls, rs)
     ends = Ends.of(weight, ws, xs, out)
@@ -38,7 +39,7 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
         return DECLINED
     given, x = x, ends.before(x)
     aside = interpreter.aside(eqn.invars[is_left], x) if weight.pair and x is given else x  # before the base's product
-    y = compat.bind(eqn, [weight.base, x] if is_left else [x, weight.base])
+    y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
     interpreter.factored(weight, eqn, "dot")
     if weight.pair:
         precision = eqn.params["precision"]
@@ -120,14 +121,17 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     touched = [looked_up <= mine and stacked <= mine for mine in owned]
     if any(looked_up & mine and not touch for mine, touch in zip(owned, touched, strict=True)) or weight.turns:
         return DECLINED
-    rows = compat.bind(eqn, [weight.base, indices])
+    rows = bound(eqn, [weight.base, indices])
     take = lambda factor, touch: (_taken if touch else _spread)(eqn.params, weight, factor, indices, rows.ndim)
     picked = weight.replace(base=rows, factors=tuple(map(take, weight.factors, touched)))
+    if not weight.roles:
+        return picked
     # A gain alone scales whole rows, or columns; one that has both is that of the weights among which this chooses.
     is_lookup = touched[0] and not touched[1] if weight.pair else not touched[0] or owned[0] <= looked_up
     if not is_lookup:
         return picked
     interpreter.factored(weight, eqn, "embedding")
+    rows = array_of(rows)
     if pair := picked.pair:
         a, b = (factor.astype(rows.dtype) for factor in pair)
         rows = rows + product(picked, a * weight.scale, b).astype(rows.dtype)
@@ -179,7 +183,7 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
     if not is_plain or ends is None or not (weight.pair is None or _is_conv_pair(weight, features)):
         return DECLINED
     x = ends.before(x)
-    y = compat.bind(eqn, [x, weight.base])
+    y = bound(eqn, [x, weight.base])
     interpreter.factored(weight, eqn, "conv")
     if weight.pair:
         y = y + _conv_low_rank(eqn, x, weight, features, places[features]).astype(y.dtype)
@@ -224,7 +228,7 @@ def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_si
     by_group = lambda rows, factor, axis: _ragged(eqn, rows, factor, axis, groups[0], group_sizes)
     if weight.gain is not None and own[-1] == {*over}:
         x = _scaled_rows(x, weight, groups[0], group_sizes)
-    y = compat.bind(eqn, [x, weight.base, group_sizes])
+    y = bound(eqn, [x, weight.base, group_sizes])
     interpreter.factored(weight, eqn, "ragged_dot")
     if pair := weight.pair:
         h = tapped(by_group(dropped(x, weight), pair[0], out), weight)

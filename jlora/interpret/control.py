@@ -19,6 +19,7 @@ from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.places import entries, names, of_factor
+from jlora.interpret.quantised import constrained, settled, specs_of
 
 
 def jit(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
@@ -48,7 +49,7 @@ def _constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
 
 def _constrain(value: Any, sharding: Any) -> Any:
     if isinstance(value, Tracked):
-        return value.replace(base=lax.with_sharding_constraint(value.base, sharding))
+        return value.replace(base=constrained(settled(value.base), sharding))
     return lax.with_sharding_constraint(value, sharding)
 
 
@@ -130,6 +131,7 @@ class _Stacked:
     """A weight that a scan slices along its first axis, as it does the factors that own it; others are constants."""
 
     def __init__(self, weight: Tracked, length: int) -> None:
+        weight = weight.replace(base=settled(weight.base))
         is_sliced = [length == 1 or 0 in weight.owned(factor) for factor in weight.factors]
         pairs = list(zip(weight.factors, is_sliced, strict=True))
         self.fixed = [None if sliced else factor[0] for factor, sliced in pairs]
@@ -190,7 +192,8 @@ def shard_map(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
     params = eqn.params
     whole = lambda v: interpreter.densify(v, eqn, "the shards cut the blocks of its rotation")
     values = tuple(
-        whole(v) if _cuts(v, s, params["mesh"]) else v for v, s in zip(values, params["in_specs"], strict=True)
+        whole(v) if _cuts(v, s, params["mesh"]) else _settled(v)
+        for v, s in zip(values, params["in_specs"], strict=True)
     )
     in_specs = tuple(_split_spec(v, s) for v, s in zip(values, params["in_specs"], strict=True))
 
@@ -211,10 +214,15 @@ def _cuts(value: Any, spec: Any, mesh: Any) -> bool:
     return bool(along) and any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns)
 
 
+def _settled(value: Any) -> Any:
+    return value.replace(base=settled(value.base)) if isinstance(value, Tracked) else value
+
+
 def _split_spec(value: Any, spec: Any) -> Any:
     if not isinstance(value, Tracked):
         return spec
-    split = value.replace(base=spec, factors=tuple(of_factor(value, factor, spec) for factor in value.factors))
+    base = specs_of(value.base, spec)
+    split = value.replace(base=base, factors=tuple(of_factor(value, factor, spec) for factor in value.factors))
     return split if _key(value) is None else split.replace(key=jax.P())
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, transposed, wide
+from jlora.interpret.quantised import array_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class Factored(Tracked):
     def dense(self, dtype: Any = None) -> jax.Array:
         """The weight itself: computed in float32 (or wider), rounded once, to `dtype` or to the base's."""
         dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)
-        weight = self.base.astype(sums)
+        weight = array_of(self.base).astype(sums)
         if self.pair:
             a, b = (factor.astype(sums) for factor in self.pair)
             weight = weight + product(self, a, b, precision=lax.Precision.HIGHEST) * self.scale

@@ -14,18 +14,19 @@ from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.manual import varying
 from jlora.interpret.places import names, of_factor
+from jlora.interpret.quantised import bound, codes_of
 
 
 def reshard(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Moved on a mesh of explicit axes: each factor goes along on the axes that it has."""
-    base = compat.bind(eqn, [weight.base])
-    moved = lambda factor: _moved(weight, factor, jax.typeof(base).sharding, jax.sharding.reshard)
+    base = bound(eqn, [weight.base])
+    moved = lambda factor: _moved(weight, factor, jax.typeof(codes_of(base)).sharding, jax.sharding.reshard)
     return weight.view(base, moved)
 
 
 def sharding_constraint(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """The same on a mesh whose axes are not explicit."""
-    base, sharding = compat.bind(eqn, [weight.base]), eqn.params["sharding"]
+    base, sharding = bound(eqn, [weight.base]), eqn.params["sharding"]
     if not isinstance(sharding, NamedSharding):
         return weight.replace(base=base)
     return weight.view(base, lambda factor: _moved(weight, factor, sharding, lax.with_sharding_constraint))
@@ -40,20 +41,19 @@ def all_gather(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     axis, over = eqn.params["all_gather_dimension"], {*names(eqn.params["axis_name"])}
     gathers = lambda factor: _is_split(weight, factor, axis, over) if eqn.params["tiled"] else True
     gathered = lambda factor: compat.bind(eqn, [factor]) if gathers(factor) else factor
-    return weight.view(compat.bind(eqn, [weight.base]), gathered)
+    return weight.view(bound(eqn, [weight.base]), gathered)
 
 
 def _is_split(weight: Tracked, factor: Any, axis: int, over: set[str]) -> bool:
     """Whether a factor has an axis of the base, of which this is a shard; one of size 1 is told by its varying."""
     if weight.base.shape[axis] != 1:
         return axis in weight.owned(factor)
-    return bool(varying(factor) & over) or not varying(weight.base)
+    return bool(varying(factor) & over) or not varying(codes_of(weight.base))
 
 
 def ppermute(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Handed on to other devices, with all of its factors."""
-    bind = lambda x: compat.bind(eqn, [x])
-    return weight.view(bind(weight.base), bind)
+    return weight.view(bound(eqn, [weight.base]), lambda x: compat.bind(eqn, [x]))
 
 
 MOVES = {

@@ -22,6 +22,7 @@ from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.views import VIEWS
 from jlora.paths import flatten, refill, split_arrays
+from jlora.qarray import abstract, is_qarray
 
 LINEAR = ("dot", "ragged_dot")
 Owner = tuple[str, int]
@@ -126,7 +127,8 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
       query  (8, 2, 4)  dot    1     (0,) (1, 2)
       scale  (8,)       other  1
     """
-    paths, leaves, treedef = flatten(params)
+    paths, leaves, treedef = flatten(params, is_qarray)
+    leaves = [abstract(leaf) for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     shapes = {paths[i]: tuple(leaves[i].shape) for i in places}
     observer = _Observer(shapes)

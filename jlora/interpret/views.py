@@ -6,52 +6,53 @@ size 1) with the rank behind them. A rule that can't keep the form declines, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.moves import MOVES
+from jlora.interpret.quantised import bound
+from jlora.interpret.stored import regrouped
 
 
 def same(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Copies, names: the base alone is told."""
-    return weight.replace(base=compat.bind(eqn, [weight.base]))
+    return weight.replace(base=bound(eqn, [weight.base]))
 
 
 def cast(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
     if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
         return DECLINED
-    return weight.replace(base=compat.bind(eqn, [weight.base]))
+    return weight.replace(base=bound(eqn, [weight.base]))
 
 
 def stop_gradient(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    return weight.view(compat.bind(eqn, [weight.base]), lax.stop_gradient)
+    return weight.view(bound(eqn, [weight.base]), lax.stop_gradient)
 
 
-def barrier(_: Interpreter, eqn: Any, *values: Any) -> list[Any]:
-    bases = compat.bind(eqn, [v.base if isinstance(v, Tracked) else v for v in values])
+def barrier(_: Interpreter, __: Any, *values: Any) -> list[Any]:
+    bases = lax.optimization_barrier([v.base if isinstance(v, Tracked) else v for v in values])
     return [v.replace(base=b) if isinstance(v, Tracked) else b for v, b in zip(values, bases, strict=True)]
 
 
 def transpose(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     order = (*eqn.params["permutation"], weight.ndim)
-    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.transpose(f, order))
+    return weight.view(bound(eqn, [weight.base]), lambda f: lax.transpose(f, order))
 
 
 def squeeze(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.squeeze(f, eqn.params["dimensions"]))
+    return weight.view(bound(eqn, [weight.base]), lambda f: lax.squeeze(f, eqn.params["dimensions"]))
 
 
 def rev(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
     if isinstance(weight, Factored) and weight.turned_axis in eqn.params["dimensions"]:
         return DECLINED
-    return weight.view(compat.bind(eqn, [weight.base]), lambda f: lax.rev(f, eqn.params["dimensions"]))
+    return weight.view(bound(eqn, [weight.base]), lambda f: lax.rev(f, eqn.params["dimensions"]))
 
 
 def broadcast(_: Interpreter, eqn: Any, weight: Tracked, *more: Any) -> Any:
@@ -66,18 +67,18 @@ def broadcast(_: Interpreter, eqn: Any, weight: Tracked, *more: Any) -> Any:
             sizes[place] = factor.shape[axis]
         return factor.reshape(*sizes, factor.shape[-1])
 
-    return weight.view(compat.bind(eqn, [weight.base]), change)
+    return weight.view(bound(eqn, [weight.base]), change)
 
 
 def reshape(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
     """Axes may be merged or split where a factor has all of them or none."""
     if eqn.params.get("dimensions") is not None or 0 in weight.base.shape:
         return DECLINED
-    groups = _regroup(weight.base.shape, eqn.params["new_sizes"])
+    groups = regrouped(weight.base.shape, eqn.params["new_sizes"])
     factors = [_reshaped(weight, factor, groups, eqn.params["new_sizes"]) for factor in weight.factors]
     if any(factor is None for factor in factors):
         return DECLINED
-    return weight.replace(base=compat.bind(eqn, [weight.base]), factors=tuple(factors))
+    return weight.replace(base=bound(eqn, [weight.base]), factors=tuple(factors))
 
 
 def _reshaped(weight: Tracked, factor: Any, groups: Sequence[Any], new: Sequence[int]) -> Any:
@@ -95,22 +96,6 @@ def _reshaped(weight: Tracked, factor: Any, groups: Sequence[Any], new: Sequence
     return factor.reshape(*sizes, factor.shape[-1])
 
 
-def _regroup(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Cuts both shapes into the shortest runs of axes that hold the same elements."""
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        olds, news = [], []
-        while not (olds or news) or math.prod(old[n] for n in olds) != math.prod(new[n] for n in news):
-            if j >= len(new) or (i < len(old) and math.prod(old[n] for n in olds) <= math.prod(new[n] for n in news)):
-                olds.append(i)
-                i += 1
-            else:
-                news.append(j)
-                j += 1
-        groups.append((olds, news))
-    return groups
-
-
 def slice_(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * weight.ndim
@@ -121,7 +106,7 @@ def slice_(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
         rank = factor.shape[-1]
         return lax.slice(factor, [*pick(starts, 0), 0], [*pick(limits, 1), rank], [*pick(strides, 1), 1])
 
-    return weight.view(compat.bind(eqn, [weight.base]), change)
+    return weight.view(bound(eqn, [weight.base]), change)
 
 
 def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
@@ -135,7 +120,7 @@ def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
         sizes = [n if i in owned else 1 for i, n in enumerate(eqn.params["slice_sizes"])]
         return lax.dynamic_slice(factor, [*begin, zero], [*sizes, factor.shape[-1]])
 
-    return weight.view(compat.bind(eqn, [weight.base, *starts]), change)
+    return weight.view(bound(eqn, [weight.base, *starts]), change)
 
 
 def unstack(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
@@ -144,7 +129,7 @@ def unstack(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
     def pick(factor: Any, i: int) -> Any:
         return lax.index_in_dim(factor, i if axis in weight.owned(factor) else 0, axis, keepdims=False)
 
-    bases = compat.bind(eqn, [weight.base])
+    bases = bound(eqn, [weight.base])
     return [weight.replace(base=b, factors=tuple(pick(f, i) for f in weight.factors)) for i, b in enumerate(bases)]
 
 
@@ -155,12 +140,12 @@ def tile(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
         owned = weight.owned(factor)
         return jnp.tile(factor, [*(n if i in owned else 1 for i, n in enumerate(eqn.params["reps"])), 1])
 
-    return weight.view(compat.bind(eqn, [weight.base]), change)
+    return weight.view(bound(eqn, [weight.base]), change)
 
 
 def split(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
-    bases = compat.bind(eqn, [weight.base])
+    bases = bound(eqn, [weight.base])
     pieces = [lax.split(f, sizes, axis) if axis in weight.owned(f) else [f] * len(sizes) for f in weight.factors]
     return [weight.replace(base=b, factors=fs) for b, *fs in map(_tupled, bases, *pieces)]
 
@@ -175,13 +160,13 @@ def scale(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
     divides_by_weight = eqn.primitive.name == "div" and weight is y
     if isinstance(scalar, Tracked) or jnp.ndim(scalar) or divides_by_weight:
         return DECLINED
-    base = compat.bind(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
+    base = bound(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
     change = lambda a: (a / scalar if eqn.primitive.name == "div" else a * scalar).astype(a.dtype)
     return _times(weight, base, change)
 
 
 def negate(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    return _times(weight, compat.bind(eqn, [weight.base]), lambda a: -a)
+    return _times(weight, bound(eqn, [weight.base]), lambda a: -a)
 
 
 def _times(weight: Any, base: Any, change: Callable[[Any], Any]) -> Any:
@@ -204,8 +189,12 @@ def stack(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
     bases = [p.base if isinstance(p, Tracked) else p for p in pieces]
     if not all(isinstance(piece, Tracked) for piece in pieces):
         return DECLINED
-    widened = [p.view(jnp.expand_dims(p.base, axis), lambda f: jnp.expand_dims(f, axis)) for p in pieces]
+    widened = [p.view(_expanded(p.base, axis), lambda f: jnp.expand_dims(f, axis)) for p in pieces]
     return _joined(eqn, bases, widened, axis)
+
+
+def _expanded(base: Any, axis: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*base.shape[:axis], 1, *base.shape[axis:]), base.dtype)
 
 
 def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) -> Any:
@@ -225,7 +214,7 @@ def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) ->
     along = [-1 if blocks and i != owner else axis for i in range(len(groups))]
     padded = [_blocks(group) if i == owner else group for i, group in enumerate(groups)]
     return pieces[0].replace(
-        base=compat.bind(eqn, bases),
+        base=bound(eqn, bases),
         factors=tuple(jnp.concatenate(group, n) for group, n in zip(padded, along, strict=True)),
         name="+".join(dict.fromkeys(piece.name for piece in pieces)),
         scale=1.0,

@@ -21,6 +21,7 @@ from jlora.peft import layout
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
+from jlora.qarray import codes, dense, is_qarray
 from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam, squared_norms
@@ -127,7 +128,7 @@ def onto(node: Any, base: Any, start: str | None = None) -> Any:
     """
     if not isinstance(node, (LoraParam, DoraParam)):
         return dataclasses.replace(node, base=node.base if isinstance(node, TrainableParam) else base)
-    abstractly = isinstance(base, jax.ShapeDtypeStruct)
+    abstractly = isinstance(codes(base), jax.ShapeDtypeStruct)
     run = lambda fn: jax.eval_shape(fn, base) if abstractly else jax.jit(fn)(base)
     if isinstance(node, DoraParam):
         norms = lambda base: squared_norms(dataclasses.replace(node, base=base), base)
@@ -173,7 +174,7 @@ def trained_in_full(path: str, pieces: list[Piece], tree: Tree) -> TrainablePara
         raise ValueError(
             f"peft.load: some parts of {path} are trained in full; so the tree must have the values of all"
         )
-    whole = np.empty(base.shape, base.dtype) if is_all else np.array(base)
+    whole = np.empty(base.shape, base.dtype) if is_all else np.array(dense(base))
     for piece in pieces:
         whole[piece.slot.place] = of_leaf(piece, piece.value, base).astype(base.dtype)
     return TrainableParam(_as_base(whole, base))
@@ -214,6 +215,8 @@ def with_bias(path: str, pieces: list[Piece], tree: Tree) -> LoraBiasParam:
 def with_rows(path: str, pieces: list[Piece], tree: Tree) -> TokensParam:
     """A table of which some rows are trained."""
     base, (name, slot, (tokens, rows)) = tree.leaves[path], pieces[0]
+    if is_qarray(base):
+        raise ValueError(f"peft.load: the adapter trains rows of {name}, but {path} is quantised; leave it dense")
     if len(pieces) > 1 or len(base.shape) != 2 or rows.shape[1] != base.shape[1] or max(tokens) >= base.shape[0]:
         raise ValueError(
             f"peft.load: the adapter has rows {min(tokens)} to {max(tokens)} of {name}, of shape {rows.shape}, which "
@@ -229,7 +232,7 @@ def check_bases(tree: Tree, tables: Mapping[str, list[Piece]]) -> None:
         base = tree.leaves[path]
         for piece in pieces:
             theirs = of_leaf(piece, piece.value, base).astype(np.float32)
-            if isinstance(base, jax.ShapeDtypeStruct):
+            if isinstance(base, jax.ShapeDtypeStruct) or is_qarray(base):
                 continue
             ours = np.asarray(base[piece.slot.place], np.float32)
             if np.abs(ours - theirs).max() > 0.01 * np.abs(ours).max():

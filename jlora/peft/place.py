@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlora.interpret.sites import Site
-from jlora.nodes import AdaptedParam, is_node
+from jlora.nodes import AdaptedParam, is_node, is_unit
 from jlora.paths import flatten, nearest
 from jlora.peft import build
 from jlora.peft.adapter import Adapter
@@ -28,7 +28,7 @@ def place(
     adapter: Adapter, params: Any, names: str | Sequence[Entry] | None = None, sites: Mapping[str, Site] | None = None
 ) -> Any:
     """Wraps a tree with the adapter's factors; arguments and errors as of `jlora.peft.load`."""
-    paths, leaves, treedef = flatten(params, is_node)
+    paths, leaves, treedef = flatten(params, is_unit)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_node(leaf):
             raise TypeError(

@@ -14,8 +14,10 @@ from jlora.fields import PAIR, frozen, matrices, of_layers, sizes_of, static, tr
 from jlora.interpret.factored import Factored, gained
 from jlora.interpret.manual import split_axes, summed
 from jlora.interpret.products import contract, wide
+from jlora.interpret.quantised import made_beside
 from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam, from_start, low_rank_of
+from jlora.qarray import dense
 
 TINY = 1e-30  # under a norm's square: a column of zeros stays one
 SMALL = 1e-6  # of ||W||^2: below it the sum of its three terms is rounding
@@ -63,7 +65,7 @@ class DoraParam(AdaptedParam):
         """||W||^2 + 2 s sum(W^T A * B^T) + s^2 sum(B * (A^T A) B), of shape (batch..., out...)."""
         sums = wide(self.lora_a.dtype)
         lora_a, lora_b = (lax.stop_gradient(factor).astype(sums) for factor in from_start(self))
-        weight = lax.stop_gradient(of_layers(self, self.base)).astype(sums)
+        weight = lax.stop_gradient(of_layers(self, made_beside(self.base, lora_b))).astype(sums)
         batch, ins, outs = self.axes.batch_axis, self.axes.in_axis, self.axes.out_axis
         a, b, made = (*batch, *ins, "r"), (*batch, "r", *outs), (*batch, "r", *outs)
         cross = contract(weight, tuple(range(self.ndim)), lora_a, a, made)
@@ -75,4 +77,4 @@ class DoraParam(AdaptedParam):
 
 def squared_norms(node: Any, base: Any) -> jax.Array:
     """||W||^2 over the in axes of a node's or a kernel's base, of shape (batch..., out...)."""
-    return jnp.square(matrices(node, jnp.asarray(base))).sum(-2).reshape(sizes_of(node, "batch out"))
+    return jnp.square(matrices(node, jnp.asarray(dense(base)))).sum(-2).reshape(sizes_of(node, "batch out"))

@@ -1,0 +1,183 @@
+"""A quantised weight as the interpreter sees it: views move its codes and scales, a product makes its numbers.
+
+The numbers are made where they are used: once in the forward pass, tied to the product's other input, and again in the
+backward pass, tied to its cotangent. Else XLA would make them once, ahead of all, and keep them in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jlora import qarray
+from jlora.interpret import compat, stored
+from jlora.interpret.places import entries
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantised:
+    """A quantised weight, seen through views.
+
+    Args:
+      stored: a `QArray`, moved by the views that codes and scales can follow.
+      dtypes: the types to which the numbers are cast, one after the other.
+      views: functions of the numbers: the views that only they can follow.
+      seen: the shape that the views give; None: that of the codes.
+    """
+
+    stored: Any
+    dtypes: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
+    views: tuple[Callable[[Any], Any], ...] = dataclasses.field(default=(), metadata={"static": True})
+    seen: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape) if self.seen is None else self.seen
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.dtypes[-1] if self.dtypes else self.stored.dtype
+
+    def replace(self, **changes: Any) -> Quantised:
+        return dataclasses.replace(self, **changes)
+
+    def dense(self) -> jax.Array:
+        x = qarray.dense(self.stored)
+        for dtype in self.dtypes:
+            x = lax.convert_element_type(x, dtype)
+        return functools.reduce(lambda x, view: view(x), self.views, x)
+
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """What a trace is given in its place."""
+        codes = jax.typeof(self.stored.qvalue)
+        place = None if codes.sharding.mesh.empty else codes.sharding
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=place, manual_axis_type=codes.manual_axis_type)
+
+    def settled(self) -> Any:
+        """The weight itself, if codes and scales followed all views; its numbers otherwise."""
+        return self.dense() if self.views else self
+
+
+def array_of(x: Any) -> Any:
+    """The numbers of a weight, quantised or not."""
+    return x.dense() if isinstance(x, Quantised) else x
+
+
+def made_beside(x: Any, to: Any) -> Any:
+    """The numbers of a weight, made where `to` is used if it is quantised."""
+    return qarray.tied(x, to).dense() if isinstance(x, Quantised) else x
+
+
+def shape_of(x: Any) -> Any:
+    """What stands for a weight in a trace: a quantised one's shape and type."""
+    return x.abstract() if isinstance(x, Quantised) else x
+
+
+def codes_of(x: Any) -> Any:
+    """The array that tells where a weight lies."""
+    return x.stored.qvalue if isinstance(x, Quantised) else x
+
+
+def settled(x: Any) -> Any:
+    """A weight whose arrays lie as functions see it, for what splits arrays: scans, shards, constraints."""
+    return x.settled() if isinstance(x, Quantised) else x
+
+
+def constrained(x: Any, sharding: Any) -> Any:
+    """A weight that is to lie so on the mesh."""
+    if not isinstance(x, Quantised):
+        return lax.with_sharding_constraint(x, sharding)
+    return x.replace(stored=stored.constrained(x.stored, sharding))
+
+
+def specs_of(x: Any, spec: Any) -> Any:
+    """The specs of a weight's arrays where it has this one: scales are split as the codes, but for single ones."""
+    if not isinstance(x, Quantised):
+        return spec
+    along = entries(spec, x.ndim)
+    part = lambda array: PartitionSpec(*(e if n > 1 else None for n, e in zip(array.shape, along, strict=True)))
+    return x.replace(stored=jax.tree.map(part, x.stored))
+
+
+def bound(eqn: Any, values: Sequence[Any]) -> Any:
+    """Evaluates an equation as JAX would; a weight that is quantised stays so where it is only viewed."""
+    places = [i for i, value in enumerate(values) if isinstance(value, Quantised)]
+    if not places:
+        return compat.bind(eqn, values)
+    if len(places) == 1 and eqn.primitive.name in PRODUCTS:
+        return _product(eqn, list(values), places[0])
+    made = _stored_view(eqn, values, places)
+    made = _view(eqn, values, places) if made is None else made
+    return compat.bind(eqn, [array_of(value) for value in values]) if made is None else made
+
+
+def _product(eqn: Any, values: list[Any], place: int) -> Any:
+    """A product, linear in its other input: the numbers are made for it, and for its derivative once more."""
+    weight = values.pop(place)
+    x, *rest = values
+
+    def product(weight: Any, x: Any, *rest: Any) -> Any:
+        inputs = [x, *rest]
+        inputs.insert(place, weight.dense())
+        return compat.bind(eqn, inputs)
+
+    def forward(weight: Any, x: Any, *rest: Any) -> Any:
+        return product(qarray.tied(weight, x), x, *rest)
+
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return forward(weight, x, *rest)
+    linear = jax.custom_jvp(forward)
+
+    @linear.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        weight, x, *rest = primals
+        # What is recomputed is tied to its cotangent by jax.checkpoint.
+        return linear(weight, x, *rest), jax.checkpoint(product)(weight, tangents[1], *rest)
+
+    return linear(weight, x, *rest)
+
+
+def _stored_view(eqn: Any, values: Sequence[Any], places: list[int]) -> Any:
+    """A view, or views, that codes and scales follow; None where they can't."""
+    rule, weight, is_join = stored.STORED.get(eqn.primitive.name), values[places[0]], len(places) == len(values)
+    if rule is None or not (is_join or places == [0]):
+        return None
+    weights = [values[i] for i in places]
+    if any(w.views or w.dtypes != weight.dtypes for w in weights):
+        return None
+    made = rule(eqn, *(w.stored for w in weights), *values[len(places) :])
+    if made is None:
+        return None
+    return (
+        [weight.replace(stored=x) for x in made] if eqn.primitive.multiple_results else weight.replace(stored=made[0])
+    )
+
+
+def _view(eqn: Any, values: Sequence[Any], places: list[int]) -> Quantised | None:
+    """A view that only the numbers follow; None where it needs other arrays."""
+    weight = values[places[0]]
+    if eqn.primitive.name == "convert_element_type":
+        return weight.replace(dtypes=(*weight.dtypes, eqn.params["new_dtype"]))
+    others = tuple(value for i, value in enumerate(values) if i not in places)
+    if len(places) > 1 or eqn.primitive.multiple_results or any(isinstance(x, jax.Array) for x in others):
+        return None
+    view = functools.partial(_again, eqn, others, places[0])
+    return weight.replace(views=(*weight.views, view), seen=tuple(eqn.outvars[0].aval.shape))
+
+
+def _again(eqn: Any, others: tuple[Any, ...], place: int, x: Any) -> Any:
+    return compat.bind(eqn, [*others[:place], x, *others[place:]])

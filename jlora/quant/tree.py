@@ -1,0 +1,277 @@
+"""Trees with quantised leaves: made, turned back, measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora.axes import Axes
+from jlora.conventions import kernel_axes
+from jlora.interpret.sites import Site
+from jlora.nodes import is_node, is_unit
+from jlora.paths import flatten
+from jlora.qarray import dense, is_qarray, nbits
+from jlora.quant.formats import DTYPES, Format, quantised, read_as
+from jlora.select import select, sites_of
+from jlora.spec import LoraSpec
+from jlora.tree import merge
+
+
+def quantize(
+    params: Any,
+    dtype: str = "nf4",
+    *,
+    targets: Any = "all-linear",
+    exclude: Iterable[Any] = (),
+    tile: int | None = 64,
+    double_quant: bool = False,
+    sites: Mapping[str, Site] | None = None,
+    axes: Mapping[Any, Axes] | None = None,
+) -> Any:
+    """Puts a Qwix `QArray` in the place of each target: a few bits a weight, and a scale for each tile of it.
+
+    Leaf by leaf, each where it lies: sharded kernels stay so, and leaves that are NumPy arrays, mapped from a file,
+    say, come to the device one at a time. Runs under jit, and on `jax.ShapeDtypeStruct`s, which gives a plan.
+
+    Args:
+      params: a plain tree, as of `jlora.wrap`, which then takes the result.
+      dtype: ``"nf4"`` (the quantiles of a normal distribution), ``"int4"``, ``"int8"`` or ``"fp8"`` (e4m3).
+      targets: which leaves, as of `jlora.LoraSpec`.
+      exclude: of these, which not.
+      tile: elements along the contracted axes that share a scale, of the kernel's type; where this does not divide
+        the axes, the largest number below that does. A table has tiles along its rows. None: one scale for each output.
+      double_quant: whether the scales are quantised too, to 8 bits, at most 256 of them together.
+      sites: what `jlora.sites` found: the kernels' axes. Without it Flax's conventions decide.
+      axes: those of kernels that neither sites nor conventions tell, as of `jlora.LoraSpec`.
+
+    Returns:
+      The tree, to be used through `jlora.apply`, with adapters or without. With scales in float32 a weight takes 4.5
+      bits as nf4 or int4 (4.13 with `double_quant`) and 8.5 as int8 or fp8.
+
+    Raises:
+      ModuleNotFoundError: if qwix is not installed.
+      ValueError: if `dtype` is unknown, a pattern matches nothing, a kernel's axes are ambiguous or allow no tiles.
+      TypeError: if a target is quantised already, or the tree is wrapped.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.quant.quantize({"dense": {"kernel": jnp.ones((128, 3)), "bias": jnp.zeros(3)}}, "nf4")
+      >>> params["dense"]["kernel"].qvalue.dtype.name, params["dense"]["kernel"].scale.shape
+      ('uint4', (2, 3))
+      >>> params = jlora.wrap(params, jlora.LoraSpec(rank=2))
+      >>> jlora.apply(lambda p, x: x @ p["dense"]["kernel"])(params, jnp.ones((1, 128)))
+      Array([[128., 128., 128.]], dtype=float32)
+
+    References:
+      Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"quantize: dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        raise ValueError(f"quantize: tile must be a positive number of elements or None, found {tile!r}")
+    paths, leaves, treedef = flatten(params, is_unit)
+    if wrapped := [path for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]:
+        raise TypeError(f"quantize: {wrapped[0]} is wrapped; quantise the plain tree, then wrap it")
+    by_path = dict(zip(paths, leaves, strict=True))
+    forms = _formats(params, by_path, dtype, tile, double_quant, _spec(targets, exclude, axes), sites)
+    return treedef.unflatten([quantised(x, forms[p]) if p in forms else x for p, x in zip(paths, leaves, strict=True)])
+
+
+def _spec(targets: Any, exclude: Iterable[Any], axes: Mapping[Any, Axes] | None) -> LoraSpec:
+    try:
+        return LoraSpec(targets=targets, exclude=exclude, axes=axes or {})  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"quantize: {str(error).removeprefix('LoraSpec: ')}") from None
+
+
+def _formats(
+    params: Any,
+    by_path: Mapping[str, Any],
+    dtype: str,
+    tile: int | None,
+    double_quant: bool,
+    spec: LoraSpec,
+    sites: Any,
+) -> dict[str, Format]:
+    """The format of each target."""
+    found = {}
+    try:
+        known = sites_of(sites, by_path)
+        for path in sorted(select(params, by_path, spec, known).targets):
+            leaf = by_path[path]
+            _check(path, leaf)
+            axes, kind = kernel_axes(path, by_path, spec, known)
+            found[path] = Format.fitting(path, tuple(leaf.shape), axes, kind, dtype, tile, double_quant)
+    except ValueError as error:  # of what both need
+        raise ValueError(
+            str(error).replace("wrap: ", "quantize: ").replace("LoraSpec(axes=", "quantize(..., axes=")
+        ) from None
+    return found
+
+
+def _check(path: str, leaf: Any) -> None:
+    if is_qarray(leaf):
+        raise TypeError(f"quantize: {path} is quantised already, to {leaf.qtype}; jlora.quant.dequantize it first")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or 0 in leaf.shape:
+        raise ValueError(
+            f"quantize: {path} of shape {tuple(leaf.shape)} has dtype {jnp.dtype(leaf.dtype).name}; it takes floating "
+            "kernels with elements. Exclude it"
+        )
+
+
+def dequantize(tree: Any, *, dtype: Any = None) -> Any:
+    """The tree with numbers in the place of quantised leaves, computed in float32 and rounded once.
+
+    Args:
+      tree: plain or wrapped; adapters stay, on dense bases.
+      dtype: of these leaves; None: that of their scales, which was the kernel's.
+
+    Raises:
+      TypeError: if nothing in the tree is quantised.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_qarray)
+    if not any(map(is_qarray, leaves)):
+        raise TypeError("dequantize: no leaf of this tree is quantised")
+    return treedef.unflatten([_dense(leaf, dtype) for leaf in leaves])
+
+
+def _dense(leaf: Any, dtype: Any = None) -> Any:
+    if not is_qarray(leaf):
+        return leaf
+    if not isinstance(leaf.qvalue, jax.ShapeDtypeStruct):
+        return dense(leaf, dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.qvalue.sharding)
+
+
+class Error(NamedTuple):
+    """What quantising lost, in the Frobenius norm: over that of the weight, and over that of the adapter's update."""
+
+    weight: float
+    update: float
+
+
+def requantize(tree: Any) -> tuple[Any, dict[str, Error]]:
+    """Folds the adapters in and quantises the sums again, each to the format of its base; tells what that loses.
+
+    An update that is small beside the steps of the base's codes is mostly lost: an error over the update near to 1 and
+    above says so. `jlora.merge` with a `dtype` loses nothing of it.
+
+    Args:
+      tree: a wrapped tree, with values (it does not run under jit).
+
+    Returns:
+      The plain tree, its quantised leaves still so, and for each adapted one its `Error`.
+
+    Raises:
+      TypeError: if nothing in the tree is wrapped.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.quant.quantize({"kernel": jnp.ones((64, 3))}, "int8")
+      >>> merged, errors = jlora.quant.requantize(jlora.wrap(params, jlora.LoraSpec(rank=2)))
+      >>> errors["kernel"].weight < 0.01
+      True
+    """
+    paths, leaves, treedef = flatten(tree, is_unit)
+    on_codes = [path for path, x in zip(paths, leaves, strict=True) if is_node(x) and is_qarray(x.base)]
+    exact = dict(zip(paths, flatten(merge(tree, dtype=jnp.float32), is_unit)[1], strict=True))
+    made = {path: leaf if is_qarray(leaf) else exact[path] for path, leaf in zip(paths, leaves, strict=True)}
+    made |= _merged_dense(paths, leaves, {*on_codes})
+    errors = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if path in on_codes:
+            made[path] = quantised(exact[path].astype(leaf.dtype), Format.of(leaf.base))
+            errors[path] = _error(made[path], exact[path], leaf.base)
+    return treedef.unflatten([made[path] for path in paths]), errors
+
+
+def _merged_dense(paths: list[str], leaves: list[Any], on_codes: set[str]) -> dict[str, Any]:
+    """The merged leaves with dense bases, each of its own type."""
+    nodes = {p: x for p, x in zip(paths, leaves, strict=True) if is_node(x) and p not in on_codes}
+    return merge(nodes) if nodes else {}
+
+
+def _error(made: Any, exact: jax.Array, base: Any) -> Error:
+    lost = jnp.linalg.norm((dense(made, jnp.float32) - exact).ravel())
+    update = jnp.linalg.norm((exact - dense(base, jnp.float32)).ravel())
+    return Error(float(lost / jnp.linalg.norm(exact.ravel())), float(lost / update) if update else math.inf)
+
+
+def bits(tree: Any) -> float:
+    """The bits that a weight of the quantised leaves takes, scales and all.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.quant.bits(jlora.quant.quantize({"kernel": jnp.ones((128, 8))}, "nf4"))
+      4.5
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_qarray) if is_qarray(leaf)]
+    if not leaves:
+        raise TypeError("bits: no leaf of this tree is quantised")
+    return sum(map(nbits, leaves)) / sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def prepare(tree: Any) -> Any:
+    """The tree with all in float32 that is dense and has 16 bits: norms, biases, the head, embeddings.
+
+    What `peft.prepare_model_for_kbit_training` does to a model's weights. The rest of it is already so here: the base
+    is frozen by `jlora.apply`, and layers are recomputed by `flax.linen.remat` or `jax.checkpoint` around them.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> jlora.quant.prepare({"scale": jnp.ones(3, jnp.bfloat16)})["scale"].dtype.name
+      'float32'
+    """
+    is_half = lambda x: hasattr(x, "dtype") and x.dtype in (jnp.bfloat16, jnp.float16)
+
+    def wide(x: Any) -> Any:
+        if is_qarray(x) or not is_half(x):
+            return x
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        return jnp.asarray(x).astype(jnp.float32)
+
+    return jax.tree.map(wide, tree, is_leaf=is_qarray)
+
+
+def fill(plan: Any, read: Callable[[str, Any], Any]) -> Any:
+    """Makes the arrays of a plan leaf by leaf, so that a model larger than the memory is quantised as it is read.
+
+    Args:
+      plan: a tree of `jax.ShapeDtypeStruct`s, of which `quantize` has made some leaves quantised; with shardings, each
+        leaf is placed as it is read.
+      read: called with the path of each leaf and its shape and type, ``(path, jax.ShapeDtypeStruct)``; returns the
+        dense array.
+
+    Raises:
+      ValueError: if an array has another shape than the plan.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora, numpy as np
+      >>> plan = jlora.quant.quantize(jax.eval_shape(lambda: {"kernel": jnp.ones((128, 8))}), "nf4")
+      >>> params = jlora.quant.fill(plan, lambda path, leaf: np.ones(leaf.shape, leaf.dtype))
+      >>> params["kernel"].qvalue.shape
+      (128, 8)
+    """
+    paths, leaves, treedef = flatten(plan, is_qarray)
+    return treedef.unflatten([_read(path, leaf, read) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _read(path: str, leaf: Any, read: Callable[[str, Any], Any]) -> Any:
+    if not hasattr(leaf, "shape"):
+        return leaf
+    shape = _dense(leaf)
+    found = read(path, shape)
+    if tuple(found.shape) != tuple(leaf.shape):
+        raise ValueError(f"fill: read gave {path} with shape {tuple(found.shape)}; the plan has {tuple(leaf.shape)}")
+    if is_qarray(leaf):
+        return read_as(found, leaf)
+    return (
+        jnp.asarray(found, leaf.dtype)
+        if shape.sharding is None
+        else jax.device_put(found.astype(leaf.dtype), shape.sharding)
+    )
