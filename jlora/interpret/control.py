@@ -19,7 +19,7 @@ from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.places import entries, names, of_factor
-from jlora.interpret.quantised import constrained, settled, specs_of
+from jlora.interpret.quantised import constrained, settled, sliced, specs_of
 
 
 def jit(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
@@ -131,16 +131,18 @@ class _Stacked:
     """A weight that a scan slices along its first axis, as it does the factors that own it; others are constants."""
 
     def __init__(self, weight: Tracked, length: int) -> None:
-        weight = weight.replace(base=settled(weight.base))
+        base, self.base_of = sliced(weight.base, length)
         is_sliced = [length == 1 or 0 in weight.owned(factor) for factor in weight.factors]
         pairs = list(zip(weight.factors, is_sliced, strict=True))
         self.fixed = [None if sliced else factor[0] for factor, sliced in pairs]
-        sliced = weight.replace(factors=tuple(factor if sliced else None for factor, sliced in pairs))
-        self.slices = _with_key(sliced, _split(weight, length))
+        moving = weight.replace(base=base, factors=tuple(factor if sliced else None for factor, sliced in pairs))
+        self.slices = _with_key(moving, _split(weight, length))
 
     def whole(self, part: Tracked) -> Tracked:
         pairs = zip(part.factors, self.fixed, strict=True)
-        return part.replace(factors=tuple(moving if fixed is None else fixed for moving, fixed in pairs))
+        return part.replace(
+            base=self.base_of(part.base), factors=tuple(moving if fixed is None else fixed for moving, fixed in pairs)
+        )
 
 
 def _key(value: Any) -> Any:

@@ -30,19 +30,22 @@ class Quantised:
 
     Args:
       stored: a `QArray`, moved by the views that codes and scales can follow.
+      layer: which of a scanned stack's layers, by loop: the stack stays whole, and is indexed where numbers are made.
+        Sliced by the loop it would be converted ahead of it, where XLA has no slices of so few bits.
       dtypes: the types to which the numbers are cast, one after the other.
       views: functions of the numbers: the views that only they can follow.
       seen: the shape that the views give; None: that of the codes.
     """
 
     stored: Any
+    layer: tuple[jax.Array, ...] = ()
     dtypes: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
     views: tuple[Callable[[Any], Any], ...] = dataclasses.field(default=(), metadata={"static": True})
     seen: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.stored.shape) if self.seen is None else self.seen
+        return tuple(self.stored.shape[len(self.layer) :]) if self.seen is None else self.seen
 
     @property
     def ndim(self) -> int:
@@ -56,20 +59,25 @@ class Quantised:
         return dataclasses.replace(self, **changes)
 
     def dense(self) -> jax.Array:
-        x = qarray.dense(self.stored)
+        x = qarray.dense(self.indexed().stored)
         for dtype in self.dtypes:
             x = lax.convert_element_type(x, dtype)
         return functools.reduce(lambda x, view: view(x), self.views, x)
 
     def abstract(self) -> jax.ShapeDtypeStruct:
         """What a trace is given in its place."""
-        codes = jax.typeof(self.stored.qvalue)
+        codes = jax.typeof(self.indexed().stored.qvalue)
         place = None if codes.sharding.mesh.empty else codes.sharding
         return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=place, manual_axis_type=codes.manual_axis_type)
 
+    def indexed(self) -> Quantised:
+        """The weight with its layer taken out of the stack."""
+        pick = lambda x: functools.reduce(lambda x, i: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), self.layer, x)
+        return self.replace(stored=jax.tree.map(pick, self.stored), layer=())
+
     def settled(self) -> Any:
         """The weight itself, if codes and scales followed all views; its numbers otherwise."""
-        return self.dense() if self.views else self
+        return self.dense() if self.views else self.indexed()
 
 
 def array_of(x: Any) -> Any:
@@ -89,12 +97,20 @@ def shape_of(x: Any) -> Any:
 
 def codes_of(x: Any) -> Any:
     """The array that tells where a weight lies."""
-    return x.stored.qvalue if isinstance(x, Quantised) else x
+    return x.indexed().stored.qvalue if isinstance(x, Quantised) else x
 
 
 def settled(x: Any) -> Any:
     """A weight whose arrays lie as functions see it, for what splits arrays: scans, shards, constraints."""
     return x.settled() if isinstance(x, Quantised) else x
+
+
+def sliced(x: Any, length: int) -> tuple[Any, Callable[[Any], Any]]:
+    """What a loop slices of a stacked weight, and the function from a slice to a step's weight."""
+    x = x.dense() if isinstance(x, Quantised) and x.views else x
+    if not isinstance(x, Quantised):
+        return x, lambda part: part
+    return jnp.arange(length), lambda i: x.replace(layer=(*x.layer, i))
 
 
 def constrained(x: Any, sharding: Any) -> Any:
@@ -120,8 +136,9 @@ def bound(eqn: Any, values: Sequence[Any]) -> Any:
         return compat.bind(eqn, values)
     if len(places) == 1 and eqn.primitive.name in PRODUCTS:
         return _product(eqn, list(values), places[0])
-    made = _stored_view(eqn, values, places)
-    made = _view(eqn, values, places) if made is None else made
+    is_late = any(values[i].layer for i in places)  # of a stack that is whole the numbers are viewed
+    rules = (_view, _stored_view) if is_late else (_stored_view, _view)
+    made = next((made for rule in rules if (made := rule(eqn, values, places)) is not None), None)
     return compat.bind(eqn, [array_of(value) for value in values]) if made is None else made
 
 
@@ -153,10 +170,11 @@ def _product(eqn: Any, values: list[Any], place: int) -> Any:
 
 def _stored_view(eqn: Any, values: Sequence[Any], places: list[int]) -> Any:
     """A view, or views, that codes and scales follow; None where they can't."""
-    rule, weight, is_join = stored.STORED.get(eqn.primitive.name), values[places[0]], len(places) == len(values)
+    rule, is_join = stored.STORED.get(eqn.primitive.name), len(places) == len(values)
     if rule is None or not (is_join or places == [0]):
         return None
-    weights = [values[i] for i in places]
+    weights = [values[i].indexed() for i in places]
+    weight = weights[0]
     if any(w.views or w.dtypes != weight.dtypes for w in weights):
         return None
     made = rule(eqn, *(w.stored for w in weights), *values[len(places) :])
