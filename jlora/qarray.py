@@ -6,6 +6,7 @@ weight, and on each axis the weight's size or a divisor of it. A scale that is a
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -62,11 +63,28 @@ def dense(x: Any, dtype: Any = None) -> Any:
 
 def numbers(x: Any, dtype: Any) -> jax.Array:
     """The numbers of a `QArray`, computed in a type: (codes - zero point) * scale."""
-    values = jnp.take(jnp.asarray(NF4, dtype), x.qvalue.astype(jnp.int32), mode="clip") if x.qtype == "nf4" else None
-    values = x.qvalue.astype(dtype) if values is None else values
+    values = nf4_values(x.qvalue, dtype) if x.qtype == "nf4" else x.qvalue.astype(dtype)
     if x.zero_point is not None:
         values = tiled(jnp.subtract, values, x.zero_point.astype(dtype))
     return tiled(jnp.multiply, values, numbers(x.scale, dtype) if is_qarray(x.scale) else x.scale.astype(dtype))
+
+
+def nf4_values(codes: jax.Array, dtype: Any) -> jax.Array:
+    """The values of nf4 codes: looked up, or on a TPU, which looks up slowly and fuses no lookup, chosen bit by bit."""
+    choose, look_up = (functools.partial(make, dtype=dtype) for make in (chosen, looked_up))
+    return lax.platform_dependent(codes, tpu=choose, default=look_up)
+
+
+def looked_up(codes: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.take(jnp.asarray(NF4, dtype), codes.astype(jnp.int32), mode="clip")
+
+
+def chosen(codes: jax.Array, dtype: Any) -> jax.Array:
+    values: list[Any] = [jnp.asarray(value, dtype) for value in NF4]
+    for bit in range(4):
+        is_set = (codes.astype(jnp.uint8) & (1 << bit)) != 0
+        values = [jnp.where(is_set, one, zero) for zero, one in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def tiled(operation: Any, x: jax.Array, scale: jax.Array) -> jax.Array:

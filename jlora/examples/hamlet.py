@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct (134.5M parameters, scanned layers) learns from the first nine tenths of the play, in windows of
 128 tokens, and is measured on the rest of it: the perplexity of the model as it comes and with its adapters, which are
-written as PEFT's files. On two CPU cores all of it takes about five minutes.
+written as PEFT's files. On two CPU cores all of it takes about five minutes. `--quantize` keeps the frozen kernels of
+the linear layers in a few bits a weight (QLoRA).
 """
 
 import argparse
@@ -28,6 +29,7 @@ from jlora.examples.smollm2 import (
     perplexity,
 )
 from jlora.examples.training import count, exit_code, learning_rate, running_mean
+from jlora.quant.formats import package
 
 LENGTH, BATCH, SCALE = 128, 4, 2
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,16 +39,20 @@ PROMPT = "Enter the Ghost of the King\n"
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
     args = parse(argv)
-    return exit_code(lambda: run(args), FetchError, OSError)
+    return exit_code(lambda: run(args), FetchError, OSError, ModuleNotFoundError)
 
 
 def run(args: argparse.Namespace) -> None:
     """The job from download to the last line."""
+    if args.quantize:
+        package()  # if it is missing, that is said before anything is downloaded
     folder, text = fetch(SMOLLM2), (fetch(HAMLET) / "hamlet.txt").read_text(encoding="utf-8")
     model, tokenizer = PRETRAINED, load_tokenizer(folder)
     train_set, held_out = split(windows(tokenizer.encode(text).ids, LENGTH))
     params = adapt(model, jax.device_put(load_params(folder)), args)
     print(jlora.summary(params), flush=True)
+    if args.quantize:
+        print(f"{jlora.quant.bits(params):.2f} bits a weight of the frozen kernels, as {args.quantize}", flush=True)
 
     held_out = held_out[: args.held_out]
     sample = lambda: print(f"{args.prompt}{generate(params, tokenizer, args.prompt, args.tokens)}\n", flush=True)
@@ -61,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     jlora.peft.save(args.out, params, names="llama", base_model=MODEL, portable=True)
     print(f"adapter for PEFT, vLLM, SGLang and llama.cpp: {args.out}")
     print(f"perplexity on the last {held_out.size:,} tokens of the play, as the model comes and with LoRA:")
-    print(f"pretrained {before:.1f}\nLoRA {after:.1f}", flush=True)
+    base = f", {args.quantize}" if args.quantize else ""
+    print(f"pretrained{base} {before:.1f}\nLoRA{base} {after:.1f}", flush=True)
 
 
 def windows(ids: list[int], length: int) -> np.ndarray:
@@ -77,10 +84,15 @@ def split(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def adapt(model: SmolLM2, params: Any, args: argparse.Namespace) -> Any:
-    """Returns the parameters with an adapter on each linear layer; the axes of stacked kernels come from a trace."""
+    """Returns the parameters with an adapter on each linear layer, its kernel quantised if the settings say so.
+
+    The axes of stacked kernels come from a trace.
+    """
     forward = lambda params, ids: model.apply({"params": params}, ids)
     sites = jlora.sites(forward, params, jax.ShapeDtypeStruct((1, LENGTH), "int32"))
     spec = jlora.LoraSpec(targets="all-linear", rank=args.rank, alpha=SCALE * args.rank, seed=args.seed)
+    if args.quantize:
+        params = jlora.quant.quantize(params, args.quantize, double_quant=args.double_quant, sites=sites)
     return jlora.wrap(params, spec, sites=sites)
 
 
@@ -136,7 +148,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", metavar="N", type=count(1, 192), default=8, help="rank of the adapters (%(default)s)")
     add("--lr", metavar="RATE", type=float, default=1e-3, help="peak learning rate (%(default)s)")
     add("--seed", metavar="N", type=count(0), default=0, help="of the adapters and the order of batches (%(default)s)")
+    add("--quantize", choices=("nf4", "int4", "int8", "fp8"), help="keep frozen kernels of linear layers so (dense)")
+    add("--double-quant", action="store_true", help="quantise the scales of --quantize too")
     args = parser.parse_args(argv)
+    if args.double_quant and not args.quantize:
+        parser.error("--double-quant quantises the scales of --quantize: give both")
     args.held_out, args.tokens = (8, 16) if args.quick else (None, 48)
     if args.steps is None:
         args.steps = 10 if args.quick else 80

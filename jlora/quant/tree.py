@@ -106,10 +106,9 @@ def _formats(
             _check(path, leaf)
             axes, kind = kernel_axes(path, by_path, spec, known)
             found[path] = Format.fitting(path, tuple(leaf.shape), axes, kind, dtype, tile, double_quant)
-    except ValueError as error:  # of what both need
-        raise ValueError(
-            str(error).replace("wrap: ", "quantize: ").replace("LoraSpec(axes=", "quantize(..., axes=")
-        ) from None
+    except ValueError as error:  # raised by what jlora.wrap uses too
+        told = str(error).replace("wrap: ", "quantize: ").replace("jlora.wrap(params, spec,", "quantize(params,")
+        raise ValueError(told.replace("LoraSpec(axes=", "quantize(params, axes=")) from None
     return found
 
 
