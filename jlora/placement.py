@@ -66,7 +66,7 @@ def _alike(node: Any, base: Any) -> Any:
 def _tied(x: Any, axes: list[int | None], base: Any) -> Any:
     """x itself, chosen by a comparison that has the base's axes: sharding propagates through it.
 
-    The barrier hides from XLA that both choices are the same.
+    The barriers hide from XLA that both choices are the same, and which one is made.
     """
     mine = [axis for axis in axes if axis is not None]
     if not mine:
@@ -77,4 +77,5 @@ def _tied(x: Any, axes: list[int | None], base: Any) -> Any:
         thin = lax.slice_in_dim(thin, 0, 1, axis=axis)
     thin = lax.squeeze(thin, range(len(mine), base.ndim))
     at = [i for i, axis in enumerate(axes) if axis is not None]
-    return lax.select_n(lax.broadcast_in_dim(thin == thin, x.shape, at), lax.optimization_barrier(x), x)
+    is_same = thin == lax.optimization_barrier(thin)
+    return lax.select_n(lax.broadcast_in_dim(is_same, x.shape, at), lax.optimization_barrier(x), x)

@@ -61,6 +61,16 @@ def dense(x: Any, dtype: Any = None) -> Any:
     return numbers(x, jnp.float64 if x.dtype == jnp.float64 else jnp.float32).astype(dtype or x.dtype)
 
 
+def part(x: Any, place: Any) -> Any:
+    """A leaf's numbers at a place; of a quantised leaf no others are computed where its tiles allow it."""
+    if not is_qarray(x):
+        return x[place]
+    picked = [n for n, at in zip(x.shape, place, strict=False) if at != slice(None)]
+    counts = lambda array: [n for n, at in zip(array.shape, place, strict=False) if at != slice(None)]
+    is_apart = all(counts(array) == picked for array in jax.tree.leaves(x))
+    return dense(jax.tree.map(lambda array: array[place], x)) if is_apart else dense(x)[place]
+
+
 def numbers(x: Any, dtype: Any) -> jax.Array:
     """The numbers of a `QArray`, computed in a type: (codes - zero point) * scale."""
     values = nf4_values(x.qvalue, dtype) if x.qtype == "nf4" else x.qvalue.astype(dtype)
@@ -76,7 +86,9 @@ def nf4_values(codes: jax.Array, dtype: Any) -> jax.Array:
 
 
 def looked_up(codes: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.take(jnp.asarray(NF4, dtype), codes.astype(jnp.int32), mode="clip")
+    at = jax.typeof(codes).sharding
+    place = at if at.mesh.explicit_axes else None
+    return jnp.asarray(NF4, dtype).at[codes.astype(jnp.int32)].get(mode="clip", out_sharding=place)
 
 
 def chosen(codes: jax.Array, dtype: Any) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.interpret.sites import Site
-from jlora.nodes import is_node
+from jlora.nodes import is_node, is_unit
 from jlora.paths import flatten
 from jlora.peft import layout
 from jlora.peft.build import of_leaf
@@ -23,6 +23,8 @@ from jlora.peft.names import Entry, leaf_shapes, slots_of
 from jlora.peft.parts import merged_part, parameter_of, shape_of
 from jlora.peft.stack import Piece
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
+from jlora.qarray import is_qarray
+from jlora.quant.formats import read_as
 from jlora.select import sites_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,7 +56,7 @@ def to_safetensors(
     Raises:
       ValueError: if a leaf has no name of PyTorch's, or its axes are not known.
     """
-    paths, leaves, _ = flatten(tree, is_node)
+    paths, leaves, _ = flatten(tree, is_unit)
     by_path = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")}
     batch = {path: leaf.axes.batch_axis for path, leaf in by_path.items() if is_node(leaf) and hasattr(leaf, "axes")}
     found_axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
@@ -164,7 +166,8 @@ def from_safetensors(
     Args:
       directory: with ``model.safetensors``, or an index and its shards; or one such file.
       like: a tree of the shapes, types and shardings to be had, such as ``jax.eval_shape`` gives of ``model.init``;
-        None gives PyTorch's own. One leaf at a time is put together and placed.
+        None gives PyTorch's own. One leaf at a time is put together and placed; one that `jlora.quant.quantize` has
+        made quantised in `like` is quantised so.
       names: from PyTorch's names to those of `like`, as of `jlora.peft.load`.
       dtype: of floating leaves; None keeps that of the file, or of `like`.
 
@@ -179,7 +182,7 @@ def from_safetensors(
     where = {name: file for file in files.values() for name in file}
     if like is None:
         return nested({name: _cast(file[name], dtype) for name, file in where.items()})
-    paths, leaves, treedef = flatten(like)
+    paths, leaves, treedef = flatten(like, is_qarray)
     slots = slots_of(leaf_shapes(paths, leaves), resolved(names))
     places = collections.defaultdict(list)
     for name, found in slots.items():
@@ -191,7 +194,7 @@ def from_safetensors(
             return leaf
         if path not in places:
             raise ValueError(f"peft.from_safetensors: names has no name for {path}")
-        whole = np.empty(leaf.shape, np.dtype(dtype or leaf.dtype))
+        whole = np.empty(leaf.shape, np.dtype(leaf.dtype if is_qarray(leaf) else dtype or leaf.dtype))
         seen = 0
         for name, slot in places[path]:
             parameter = parameter_of(name, slot)
@@ -206,6 +209,8 @@ def from_safetensors(
             seen += math.prod(part.shape)
         if seen != whole.size:
             raise ValueError(f"peft.from_safetensors: names tells {seen} of the {whole.size} elements of {path} only")
+        if is_qarray(leaf):
+            return read_as(whole, leaf)
         place = getattr(leaf, "sharding", None)
         return jnp.asarray(whole) if place is None else jax.device_put(whole, place)
 

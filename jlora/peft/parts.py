@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jlora import qarray
 from jlora.axes import Axes
 from jlora.fields import map_fields
 from jlora.nodes import is_node
@@ -33,7 +34,7 @@ def torch_array(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> n
     Raises:
       ValueError: if its axes are not known.
     """
-    return _as_torch(name, slot, np.asarray(leaf[slot.place] if slot.index else leaf), axes)
+    return _as_torch(name, slot, np.asarray(qarray.part(leaf, slot.place) if slot.index else qarray.dense(leaf)), axes)
 
 
 def merged_part(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> np.ndarray:
@@ -41,20 +42,18 @@ def merged_part(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> n
     axes = getattr(leaf, "axes", axes)
     if not is_node(leaf):
         return torch_array(name, slot, leaf, axes)
-    if not slot.fixed:
-        whole = merge({slot.path: leaf})[slot.path]
-    elif axes is not None and hasattr(leaf, "layers") and {*slot.fixed} <= {*axes.batch_axis}:
-        whole = _merged_slice(slot, leaf)
-    else:
-        whole = merge({slot.path: leaf})[slot.path][slot.place]
-    return _as_torch(name, slot, np.asarray(whole), axes)
+    if slot.fixed and axes is not None and hasattr(leaf, "layers") and {*slot.fixed} <= {*axes.batch_axis}:
+        return _as_torch(name, slot, np.asarray(_merged_slice(slot, leaf)), axes)
+    leaf = dataclasses.replace(leaf, base=qarray.dense(leaf.base))
+    whole = merge({slot.path: leaf})[slot.path]
+    return _as_torch(name, slot, np.asarray(whole[slot.place] if slot.fixed else whole), axes)
 
 
 def _merged_slice(slot: Slot, node: Any) -> Any:
     """Some places on the stacked axes of a node, merged."""
     first = slot.index[node.axes.batch_axis[0]]
     if node.layers is not None and first not in (None, *node.layers):
-        return node.base[slot.place]
+        return qarray.part(node.base, slot.place)
     at: dict[int, Any] = {axis: slot.index[axis] for axis in slot.fixed}
     if node.layers is not None and first is not None:
         at[node.axes.batch_axis[0]] = node.layers.index(first)
@@ -65,7 +64,7 @@ def _merged_slice(slot: Slot, node: Any) -> Any:
     axes = Axes(moved(node.axes.in_axis), moved(node.axes.out_axis), moved(node.axes.batch_axis))
     layers = node.layers if first is None else None
     part: Any = map_fields(cut, dataclasses.replace(node, base=None))
-    part = dataclasses.replace(part, base=jnp.asarray(node.base[slot.place]), axes=axes, layers=layers)
+    part = dataclasses.replace(part, base=jnp.asarray(qarray.part(node.base, slot.place)), axes=axes, layers=layers)
     return merge({slot.path: part})[slot.path]
 
 

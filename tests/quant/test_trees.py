@@ -1,0 +1,371 @@
+"""Trees on quantised bases: merged, started, read from files, saved, trained, with every variant."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import qwix
+from flax import nnx
+
+import jlora
+from jlora.quant import Error
+from jlora.variants import VARIANTS
+from tests.support import error, randomised, same_bits
+
+SPEC = jlora.LoraSpec(rank=4, alpha=4)
+
+
+def noise(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def params(dtype=jnp.float32):
+    up = {"kernel": noise(128, 96, dtype=dtype), "bias": noise(96, dtype=dtype)}
+    return {"up": up, "down": {"kernel": noise(96, 16, dtype=dtype, seed=1)}, "norm": {"scale": jnp.ones(16, dtype)}}
+
+
+def forward(p, x):
+    x = jnp.tanh(x @ p["up"]["kernel"] + p["up"]["bias"])
+    return (x @ p["down"]["kernel"]) * p["norm"]["scale"]
+
+
+def loss(p, x):
+    return (jlora.apply(forward)(p, x) ** 2).mean()
+
+
+def quantised(dtype="nf4", **settings):
+    return jlora.quant.quantize(params(), dtype, **settings)
+
+
+def distance(tree, plain, name="up"):
+    return float(jnp.linalg.norm(tree[name]["kernel"] - plain[name]["kernel"]))
+
+
+X = noise(8, 128, seed=2)
+
+
+# ------------------------------------------------------------------------------- merging
+
+
+def test_merging_is_refused_without_a_type():
+    tree = jlora.wrap(quantised(), SPEC)
+    with pytest.raises(ValueError, match=r"merge: the base of down/kernel is quantised, to 4.7 bits .*requantize"):
+        jlora.merge(tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_merging_to_a_dense_type(dtype):
+    """All that is quantised becomes dense, adapted or not; what was dense stays as it is."""
+    tree = randomised(jlora.wrap(quantised(), jlora.LoraSpec(targets="up", rank=4, alpha=4)))
+    merged = jlora.merge(tree, dtype=dtype)
+    kernel, node = jlora.quant.dequantize(quantised())["up"]["kernel"], tree["up"]["kernel"]
+    expected = (kernel + node.lora_a @ node.lora_b).astype(dtype)
+    assert merged["up"]["kernel"].dtype == merged["down"]["kernel"].dtype == dtype
+    assert error(merged["up"]["kernel"], expected) <= (1e-6 if dtype == jnp.float32 else 1e-2)
+    assert merged["up"]["bias"].dtype == jnp.float32
+
+
+def test_merging_abstract_trees():
+    tree = jlora.wrap(jlora.quant.quantize(jax.eval_shape(params)), SPEC)
+    merged = jlora.merge(tree, dtype=jnp.bfloat16)
+    assert merged["up"]["kernel"] == jax.ShapeDtypeStruct((128, 96), jnp.bfloat16)
+
+
+def test_requantising_tells_what_is_lost():
+    """A small update is mostly lost in 4 bits, a large one is not; leaves that are not adapted keep their codes."""
+    small, large = (randomised(jlora.wrap(quantised(), jlora.LoraSpec(targets="up", rank=4)), s) for s in (0.01, 2.0))
+    (tree, told), (_, much) = jlora.quant.requantize(small), jlora.quant.requantize(large)
+    assert isinstance(tree["up"]["kernel"], qwix.QArray) and {*told} == {"up/kernel"}
+    assert same_bits(tree["down"], quantised()["down"])
+    exact = jlora.merge(small, dtype=jnp.float32)
+    lost = distance(jlora.quant.dequantize(tree), exact)
+    assert told["up/kernel"].weight == pytest.approx(lost / float(jnp.linalg.norm(exact["up"]["kernel"])), rel=1e-4)
+    assert told["up/kernel"].update > 1 > 0.2 > much["up/kernel"].update
+
+
+def test_requantising_without_an_update():
+    tree, told = jlora.quant.requantize(jlora.wrap(quantised(), SPEC))
+    assert told["up/kernel"] == Error(pytest.approx(0, abs=1e-6), float("inf"))
+    assert same_bits(tree["up"]["kernel"].qvalue, quantised()["up"]["kernel"].qvalue)
+
+
+def test_requantising_dense_neighbours():
+    """A tree of which a part is quantised, and a leaf trained in full."""
+    part = jlora.quant.quantize(params(), targets="up")
+    tree = randomised(jlora.wrap(part, jlora.LoraSpec(rank=4, train="norm/*")))
+    merged, told = jlora.quant.requantize(tree)
+    assert {*told} == {"up/kernel"}
+    assert error(merged["down"]["kernel"], jlora.merge(tree, dtype=jnp.float32)["down"]["kernel"]) <= 1e-6
+    assert same_bits(merged["norm"]["scale"], tree["norm"]["scale"].base)
+
+
+# ------------------------------------------------------------------------------- starts
+
+
+@pytest.mark.parametrize("start", [jlora.quant.loftq, jlora.quant.qpissa])
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_starts_are_nearer_to_the_kernel(start, dtype):
+    plain, tree = params(), jlora.wrap(quantised(dtype), jlora.LoraSpec(rank=8))
+    far = lambda tree: distance(jlora.merge(tree, dtype=jnp.float32), plain)
+    once, often = start(tree, plain), start(tree, plain, iterations=5)
+    assert far(once) < 0.95 * far(tree)
+    assert far(often) < far(once)
+    assert jlora.quant.bits(often) == jlora.quant.bits(tree)
+
+
+def test_loftq_is_the_best_update_of_its_rank():
+    """What is left of W - Q has the singular values behind the first r."""
+    plain, tree = params(), jlora.wrap(quantised(), jlora.LoraSpec(rank=8))
+    rest = plain["up"]["kernel"] - jlora.quant.dequantize(quantised())["up"]["kernel"]
+    values = jnp.linalg.svd(rest, compute_uv=False)
+    found = distance(jlora.merge(jlora.quant.loftq(tree, plain), dtype=jnp.float32), plain)
+    assert found == pytest.approx(float(jnp.linalg.norm(values[8:])), rel=1e-4)
+    assert same_bits(jlora.unwrap(jlora.quant.loftq(tree, plain)), quantised())
+
+
+def test_qpissa_trains_the_principal_part():
+    plain, tree = params(), jlora.wrap(quantised(), jlora.LoraSpec(rank=8, alpha=8))
+    node = jlora.quant.qpissa(tree, plain)["up"]["kernel"]
+    values = jnp.linalg.svd(node.lora_a @ node.lora_b, compute_uv=False)[:8]
+    assert error(values, jnp.linalg.svd(plain["up"]["kernel"], compute_uv=False)[:8]) <= 1e-4
+
+
+def test_starts_of_stacks_layers_and_approximately():
+    kernel = noise(4, 64, 48)
+    axes = {"kernel": jlora.Axes(1, 2, 0)}
+    base = jlora.quant.quantize({"kernel": kernel}, targets="kernel", axes=axes)
+    for layers in (None, (1, 3)):
+        tree = jlora.wrap(base, jlora.LoraSpec(targets="kernel", axes=axes, rank=8, layers=layers))
+        for start in (jlora.quant.loftq, jlora.quant.qpissa):
+            far = lambda tree: jnp.linalg.norm(jlora.merge(tree, dtype=jnp.float32)["kernel"] - kernel, axis=(1, 2))
+            nearer = far(start(tree, {"kernel": kernel}, niter=8)) < 0.97 * far(tree)
+            assert nearer.tolist() == [layers is None or i in layers for i in range(4)]
+
+
+def test_starts_that_are_refused():
+    tree = jlora.wrap(quantised(), SPEC)
+    with pytest.raises(ValueError, match="loftq: iterations must be 1 or more, found 0"):
+        jlora.quant.loftq(tree, params(), iterations=0)
+    with pytest.raises(
+        ValueError, match=r"qpissa: params must have the kernel down/kernel of shape \(96, 16\) .* missing"
+    ):
+        jlora.quant.qpissa(tree, {"up": params()["up"]})
+    with pytest.raises(ValueError, match=r"loftq: params must .* there it is a QArray"):
+        jlora.quant.loftq(tree, quantised())
+    with pytest.raises(ValueError, match="loftq: no LoraParam of the tree stands on a quantised base"):
+        jlora.quant.loftq(jlora.wrap(params(), SPEC), params())
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_filling_a_plan_leaf_by_leaf():
+    plain, plan = params(), jlora.quant.quantize(jax.eval_shape(params), double_quant=True)
+    asked = []
+
+    def read(path, leaf):
+        asked.append((path, leaf.shape, leaf.dtype))
+        module, name = path.split("/")
+        return np.asarray(plain[module][name])
+
+    assert same_bits(jlora.quant.fill(plan, read), quantised(double_quant=True))
+    assert ("up/kernel", (128, 96), jnp.float32) in asked and len(asked) == 4
+    with pytest.raises(ValueError, match=r"fill: read gave down/kernel with shape \(2,\); the plan has \(96, 16\)"):
+        jlora.quant.fill(plan, lambda path, leaf: np.zeros(2))
+
+
+def test_filling_a_plan_from_safetensors(tmp_path):
+    jlora.peft.to_safetensors(params(), tmp_path, names=NAMES)
+    plan = jlora.quant.quantize(jax.eval_shape(params), "int8")
+    found = jlora.peft.from_safetensors(tmp_path, like=plan, names=NAMES)
+    assert same_bits(found, quantised("int8"))
+
+
+NAMES = [("up", "up/kernel"), ("down", "down/kernel"), ("norm", "norm/scale")]
+
+
+def test_filling_a_plan_from_orbax(tmp_path):
+    """A leaf at a time is read of a checkpoint of the dense tree."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "dense", params())
+        plan = jlora.quant.quantize(jax.eval_shape(params))
+
+        def read(path, leaf):
+            module, name = path.split("/")
+            item = {module: {name: leaf}}
+            restore = ocp.args.PyTreeRestore(
+                item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            )
+            return checkpointer.restore(tmp_path / "dense", restore)[module][name]
+
+        assert same_bits(jlora.quant.fill(plan, read), quantised())
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def test_an_adapter_of_peft_goes_onto_a_quantised_base(tmp_path):
+    """As bitsandbytes' QLoRA adapters do, which hold nothing of their base."""
+    tree = randomised(jlora.wrap(quantised(), SPEC))
+    jlora.peft.save(tmp_path, tree, names=NAMES)
+    again = jlora.peft.load(tmp_path, quantised(), names=NAMES)
+    assert isinstance(again["up"]["kernel"].base, qwix.QArray)
+    assert error(jlora.apply(forward)(again, X), jlora.apply(forward)(tree, X)) <= 1e-6
+    on_dense = jlora.peft.load(tmp_path, params(), names=NAMES)
+    assert same_bits(jlora.partition(on_dense)[0]["up"]["kernel"].lora_a, tree["up"]["kernel"].lora_a)
+
+
+def test_dora_of_peft_goes_onto_a_quantised_base(tmp_path):
+    tree = jlora.wrap(params(), jlora.LoraSpec(rank=4, variant="dora"))
+    jlora.peft.save(tmp_path, tree, names=NAMES)
+    again = jlora.peft.load(tmp_path, quantised("int8"), names=NAMES)
+    norms = jnp.square(jlora.quant.dequantize(quantised("int8"))["up"]["kernel"]).sum(0)
+    assert error(again["up"]["kernel"].norm2, norms) <= 1e-5
+
+
+def test_merged_weights_are_written(tmp_path):
+    """To dense safetensors, each layer of a stack by itself."""
+    tree = randomised(jlora.wrap(quantised(), SPEC))
+    jlora.peft.to_safetensors(tree, tmp_path, names=NAMES)
+    found = jlora.peft.from_safetensors(tmp_path, like=jax.eval_shape(params), names=NAMES)
+    assert error(found, jlora.merge(tree, dtype=jnp.float32)) <= 1e-6
+
+    axes = {"kernel": jlora.Axes(1, 2, 0)}
+    stack = jlora.quant.quantize({"kernel": noise(3, 64, 16)}, targets="kernel", axes=axes)
+    tree = randomised(jlora.wrap(stack, jlora.LoraSpec(targets="kernel", axes=axes, rank=2)))
+    names = [("layers.{i}", "kernel[{i}]")]
+    jlora.peft.to_safetensors(tree, tmp_path / "stack", names=names)
+    found = jlora.peft.from_safetensors(tmp_path / "stack", like={"kernel": jnp.zeros((3, 64, 16))}, names=names)
+    assert error(found, jlora.merge(tree, dtype=jnp.float32)) <= 1e-6
+
+
+def test_checkpoints_know_their_quantised_base(tmp_path):
+    tree = randomised(jlora.wrap(quantised(), SPEC))
+    jlora.checkpoint.save(tmp_path / "adapter", tree)
+    assert same_bits(jlora.checkpoint.load(tmp_path / "adapter", quantised()), tree)
+    for other in (params(), quantised("int4")):
+        with pytest.raises(ValueError, match="has other values, or another type"):
+            jlora.checkpoint.load(tmp_path / "adapter", other)
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_a_training_step_and_its_gradient():
+    """Adapters train, codes and scales keep their bits; gradients are those on the dense tree of the same numbers."""
+    tree = randomised(jlora.wrap(quantised(), jlora.LoraSpec(rank=4, dropout=0.0, train="norm/*", bias="lora_only")))
+    dense = jlora.quant.dequantize(tree)
+    grads, wanted = jax.jit(jlora.grad(loss))(tree, X), jlora.grad(loss)(dense, X)
+    assert error(jlora.partition(tree)[0], jlora.partition(dense)[0]) == 0
+    assert error(grads, wanted) <= 1e-4
+    tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.1)), tree)
+    updates, _ = tx.update(grads, tx.init(tree), tree)
+    after = optax.apply_updates(tree, updates)
+    assert same_bits(jlora.unwrap(after)["up"]["kernel"], quantised()["up"]["kernel"])
+    assert error(after["up"]["kernel"].lora_b, tree["up"]["kernel"].lora_b) > 0
+
+
+def test_forward_and_second_derivatives():
+    """Numbers are made in any derivative: reverse over reverse, forward over reverse, forward."""
+    tree = randomised(jlora.wrap(quantised(), SPEC))
+    dense = jlora.quant.dequantize(tree)
+    value = lambda tree: lambda x: loss(tree, x)
+    direction = noise(8, 128, seed=3)
+    for of in (lambda f: jax.jvp(f, (X,), (direction,)), lambda f: jax.jvp(jax.grad(f), (X,), (direction,)),
+               lambda f: jax.grad(lambda x: (jax.grad(f)(x) ** 2).sum())(X)):  # fmt: skip
+        assert error(of(value(tree)), of(value(dense))) <= 2e-4
+
+
+def test_many_adapters_on_one_base():
+    """vmap over factors alone, and over a batch of gradients."""
+    trainable, frozen = jlora.partition(jlora.wrap(quantised(), SPEC))
+    many = jax.tree.map(lambda x: jnp.stack([x, x + 0.1, x - 0.2]), trainable)
+    run = lambda part, x: jlora.apply(forward)(jlora.combine(part, frozen), x)
+    found = jax.vmap(run, in_axes=(0, None))(many, X)
+    one = jax.tree.map(lambda x: x[1], many)
+    assert error(found[1], run(one, X)) <= 1e-5
+    each = jax.vmap(jax.grad(lambda part, x: (run(part, x[None]) ** 2).sum()), in_axes=(None, 0))(one, X)
+    assert error(jax.tree.map(lambda x: x.sum(0), each), jax.grad(lambda p: (run(p, X) ** 2).sum())(one)) <= 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant(variant):
+    spec = jlora.LoraSpec(variant=variant, rank=2)
+    tree = jlora.wrap(quantised("int8"), spec)
+    plain = jlora.quant.dequantize(quantised("int8"))
+    assert error(jlora.apply(forward, fallback="error")(tree, X), forward(plain, X)) <= 1e-5
+    tree = randomised(tree, 0.1)
+    merged = jlora.merge(tree, dtype=jnp.float32)
+    assert error(jlora.apply(forward, fallback="error")(tree, X), forward(merged, X)) <= 1e-4
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "milora", "pissa_niter_4", "orthogonal"])
+def test_every_start(init):
+    tree = jlora.wrap(quantised("int8"), jlora.LoraSpec(init=init, rank=2))
+    assert error(jlora.apply(forward)(tree, X), forward(jlora.quant.dequantize(quantised("int8")), X)) <= 1e-5
+
+
+def test_starts_from_data():
+    tree = jlora.wrap(quantised(), SPEC)
+    for started in (
+        jlora.init.eva(forward, tree, [X]),
+        jlora.init.lora_ga(lambda p, x: (forward(p, x) ** 2).mean(), tree, [X]),
+    ):
+        assert same_bits(jlora.unwrap(started), quantised())
+        assert error(started["up"]["kernel"].lora_a, tree["up"]["kernel"].lora_a) > 0.1
+
+
+@pytest.mark.parametrize("settings", [{"train": "down/*"}, {"train_tokens": {"down": [1]}}])
+def test_what_is_quantised_does_not_train(settings):
+    with pytest.raises(ValueError, match=r"down/kernel can't train .*since it is quantised; .*exclude="):
+        jlora.wrap(quantised(), jlora.LoraSpec(targets="up", **settings))
+
+
+# ------------------------------------------------------------------------------- around
+
+
+def test_prepare():
+    tree = jlora.wrap(jlora.quant.quantize(params(jnp.bfloat16)), SPEC)
+    ready = jlora.quant.prepare(tree)
+    assert ready["norm"]["scale"].dtype == ready["up"]["bias"].dtype == jnp.float32
+    assert same_bits(ready["up"]["kernel"].base, tree["up"]["kernel"].base)
+    plan = jlora.quant.prepare(jax.eval_shape(lambda: params(jnp.bfloat16)))
+    assert {x.dtype for x in jax.tree.leaves(plan)} == {jnp.dtype("float32")}
+
+
+def test_summary_and_explain_and_sites():
+    base = quantised()
+    tree = jlora.wrap(base, jlora.LoraSpec(targets="up", rank=4))
+    text = str(jlora.summary(tree))
+    assert re.search(r"trainable 896 of 14,832, 6.04%; 3.5 KiB of 1\d.\d KiB", text), text
+    uses = {use.path: use for use in jlora.explain(forward, tree, X).uses}
+    assert uses["up/kernel"].factored and uses["down/kernel"].factored
+    assert str(jlora.sites(forward, base, X)) == str(jlora.sites(forward, params(), X))
+
+
+def test_nnx_and_boxes():
+    graphdef, state = nnx.split(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+    run = lambda state, x: nnx.merge(graphdef, state)(x)
+    base = jlora.quant.quantize(state)
+    tree = randomised(jlora.wrap(base, SPEC))
+    x = noise(5, 64)
+    assert error(jlora.apply(run)(base, x), run(jlora.quant.dequantize(base), x)) <= 1e-6
+    assert error(jlora.apply(run)(tree, x), run(jlora.merge(tree, dtype=jnp.float32), x)) <= 1e-5
+
+    model = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.normal(), ("in", "out")))
+    boxed = jlora.wrap(jlora.quant.quantize(model.init(jax.random.key(0), x)["params"]), SPEC)
+    assert isinstance(boxed["kernel"], nn.Partitioned)
+    assert jlora.apply(model.apply)({"params": boxed}, x).shape == (5, 8)
+
+
+def test_a_warning_only_where_an_adapter_is_computed_densely():
+    square = lambda p, x: x @ (p["up"]["kernel"] ** 2)
+    found = jlora.apply(square, fallback="error")(quantised(), X)
+    assert error(found, square(jlora.quant.dequantize(quantised()), X)) <= 1e-5
+    with pytest.warns(jlora.DenseFallbackWarning, match="up/kernel"):
+        jlora.apply(square)(jlora.wrap(quantised(), SPEC), X)
