@@ -39,7 +39,12 @@ class DenseFallbackError(ValueError):
 
 
 def apply(
-    fn: Callable[..., Any], *, rng: jax.Array | None = None, fallback: str = "warn", freeze: bool = True
+    fn: Callable[..., Any],
+    *,
+    rng: jax.Array | None = None,
+    fallback: str = "warn",
+    freeze: bool = True,
+    native_dots: bool = False,
 ) -> Callable[..., Any]:
     """Makes an unchanged function run on wrapped trees, at the cost of the factors.
 
@@ -54,6 +59,10 @@ def apply(
       rng: a PRNG key that switches the adapters' dropout on.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
+
+      native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it), of
+        tiles of 128 or more, are computed in 8 bits: their inputs are rounded to as many, row by row; gradients are
+        those of the exact product. Elsewhere it changes nothing.
 
     Returns:
       A function with the arguments and results of `fn`, to use under `jax.jit`, `jax.grad`, `jax.vmap`.
@@ -73,12 +82,19 @@ def apply(
         raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
     if rng is not None:
         checked_key("apply: rng", rng)
-    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), rng, freeze)
+    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), rng, freeze, native_dots)
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
 
 
 def run_on_wrapped(
-    fn: Callable[..., Any], interpreter: Interpreter, rng: jax.Array | None, freeze: bool, /, *args: Any, **kwargs: Any
+    fn: Callable[..., Any],
+    interpreter: Interpreter,
+    rng: jax.Array | None,
+    freeze: bool,
+    native_dots: bool,
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Traces `fn` with the bases in place of the nodes, then evaluates the trace on the weights."""
     paths, leaves, treedef = flatten((args, kwargs), is_unit)
@@ -90,7 +106,7 @@ def run_on_wrapped(
             check_fit("apply", _inside(paths[i]), leaves[i])
     if freeze:
         leaves = _frozen((args, kwargs), leaves)
-    values = [_value(_inside(paths[i]), leaves[i], _key(rng, paths[i], leaves[i])) for i in places]
+    values = [_value(_inside(paths[i]), leaves[i], _key(rng, paths[i], leaves[i]), native_dots) for i in places]
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
 
@@ -108,12 +124,12 @@ def run_on_wrapped(
     return outdef.unflatten([next(computed) if x is _COMPUTED else x for x in outputs])
 
 
-def _value(path: str, leaf: Any, key: Any) -> Any:
+def _value(path: str, leaf: Any, key: Any, native: bool) -> Any:
     """What a node, or a quantised leaf, stands for."""
     if is_qarray(leaf):
-        return plain(Quantised(leaf), name=path)
+        return plain(Quantised(leaf, native=native), name=path)
     if is_qarray(leaf.base):
-        leaf = dataclasses.replace(leaf, base=Quantised(leaf.base))
+        leaf = dataclasses.replace(leaf, base=Quantised(leaf.base, native=native))
     value = leaf.effective(path, key)
     check_value(path, leaf, value)
     return value

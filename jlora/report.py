@@ -154,12 +154,12 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     def adapted(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
-        return _arrays_only(run_on_wrapped(fn, interpreter, None, True, tree, *args, **kwargs))
+        return _arrays_only(run_on_wrapped(fn, interpreter, None, True, False, tree, *args, **kwargs))
 
     def plain(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
         silent = Interpreter(RULES, lambda _, weight, *__: weight.dense())  # walks only where leaves are quantised
-        return _arrays_only(run_on_wrapped(fn, silent, None, True, unwrap(tree), *args, **kwargs))
+        return _arrays_only(run_on_wrapped(fn, silent, None, True, False, unwrap(tree), *args, **kwargs))
 
     jax.eval_shape(adapted, arrays)
     return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays))

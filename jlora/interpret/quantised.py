@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora import qarray
-from jlora.interpret import compat, stored
+from jlora.interpret import compat, eightbits, stored
 from jlora.interpret.places import entries
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -35,6 +35,7 @@ class Quantised:
       dtypes: the types to which the numbers are cast, one after the other.
       views: functions of the numbers: the views that only they can follow.
       seen: the shape that the views give; None: that of the codes.
+      native: whether products in 8 bits are computed so by hardware that has them.
     """
 
     stored: Any
@@ -42,6 +43,8 @@ class Quantised:
     dtypes: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
     views: tuple[Callable[[Any], Any], ...] = dataclasses.field(default=(), metadata={"static": True})
     seen: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    native: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,7 +156,12 @@ def _product(eqn: Any, values: list[Any], place: int) -> Any:
         return compat.bind(eqn, inputs)
 
     def forward(weight: Any, x: Any, *rest: Any) -> Any:
-        return product(qarray.tied(weight, x), x, *rest)
+        weight = qarray.tied(weight, x)
+        if not weight.native or weight.views or rest:
+            return product(weight, x, *rest)
+        exact = lambda stored, x: product(weight.replace(stored=stored, layer=()), x)
+        codes = weight.indexed().stored
+        return eightbits.faster(eqn, codes, place, exact)(codes, x)
 
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return forward(weight, x, *rest)
