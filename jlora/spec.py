@@ -192,7 +192,7 @@ class LoraSpec:
         Args:
           config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
             are ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``, and ``load_in_4bit``: the base
-            of a ``qlora`` is quantised on its own, before `jlora.wrap`.
+            of a ``qlora`` is quantised on its own, by `jlora.quant.quantize`, before `jlora.wrap`.
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured.

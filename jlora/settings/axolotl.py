@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.settings.methods import LOFTQ
 from jlora.settings.peft import ALL_LINEAR, converted, refuse_layers_of_text
 from jlora.settings.reader import Settings, mapping
 
@@ -83,4 +84,4 @@ def _refuse(given: Settings) -> None:
         given.refuse("peft_autocast_adapter_dtype", "factors are float32; set LoraSpec's dtype afterwards")
     more = given.get("peft", {})
     if isinstance(more, Mapping) and more.get("loftq_config"):
-        given.refuse("peft", "quantised bases that LoftQ needs are not implemented; leave loftq_config out")
+        given.refuse("peft", f"{LOFTQ} (loftq_config)")

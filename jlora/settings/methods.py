@@ -15,13 +15,14 @@ from jlora.settings.reader import Settings
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
 _AFTER = "wrap with init_lora_weights=true, then call jlora.init.{} with the wrapped tree and batches of data"
+LOFTQ = "wrap jlora.quant.quantize(params) without it, then call jlora.quant.loftq with the wrapped tree and params"
 _OTHER = "{} is another method, which is not implemented; leave it out"
 _DROPOUT = "there is no such dropout; set it to 0"
 _RANDOM = "only the initialisation that PEFT takes by default is implemented; leave it out"
 REFUSED = {
     "layer_replication": "a tree has the layers it has; repeat them in the tree before wrap",
     "megatron_config": "it is of Megatron's own layers; shard the parameters and leave it out",
-    "loftq_config": "quantised bases that LoftQ needs are not implemented; leave it out",
+    "loftq_config": LOFTQ,
     "eva_config": _AFTER.format("eva"),
     "lora_ga_config": _AFTER.format("lora_ga"),
     "corda_config": _OTHER.format("CorDA"),
@@ -135,7 +136,7 @@ def _init(settings: Settings) -> str:
         return "kaiming"
     if isinstance(given, str) and (given in INITS or re.fullmatch(r"pissa_niter_\d+", given)):
         return given
-    hints = {"eva": _AFTER.format("eva"), "lora_ga": _AFTER.format("lora_ga"), "loftq": REFUSED["loftq_config"]}
+    hints = {"eva": _AFTER.format("eva"), "lora_ga": _AFTER.format("lora_ga"), "loftq": LOFTQ}
     names = f"there is no such initialisation; give true, {', '.join(map(repr, INITS))} or 'pissa_niter_N'"
     settings.refuse("init_lora_weights", hints.get(given, names) if isinstance(given, str) else names)
 

@@ -202,3 +202,15 @@ def test_without_qwix(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=re.escape("pip install 'jlora[quant]'")):
         jlora.quant.quantize({"kernel": noise(64, 5)}, "int4")
     jlora.wrap({"kernel": noise(64, 5)}, jlora.LoraSpec(rank=2))  # all else works
+
+
+@pytest.mark.parametrize("settings", [{"calibration_method": "minmax"}, {"scale_dtype": jnp.bfloat16}])
+def test_arrays_that_qwix_made_are_bases_too(settings):
+    """With a zero point, or scales of another type: what they stand for is what Qwix says."""
+    made = qwix.quantize(noise(128, 6), jnp.int8, channelwise_axes=[1], tiled_axes={0: 32}, **settings)
+    params = jlora.wrap({"kernel": made}, jlora.LoraSpec(rank=2))
+    x = noise(5, 128, seed=1)
+    found = jlora.apply(lambda p, x: x @ p["kernel"].astype(jnp.float32))(params, x)
+    assert error(found, x @ qwix.dequantize(made).astype(jnp.float32)) <= (
+        1e-5 if made.zero_point is not None else 2e-2
+    )
