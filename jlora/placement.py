@@ -47,14 +47,15 @@ def _maker(make: Callable[..., Any], base: Any, *args: Any) -> Callable[..., Any
     node = jax.eval_shape(make, jax.ShapeDtypeStruct(base.shape, base.dtype), *args)
     where = sharding.of_node(node, base)
     if is_abstract:
-        plan = node if where is None else jax.tree.map(_placed_plan, node, where)
+        plan = node if where is None else jax.tree.map(placed_plan, node, where)
         return lambda *_: plan
     if at is not None and at.mesh.explicit_axes:
         make = jax.sharding.auto_axes(make, out_sharding=where)
     return jax.jit(make, out_shardings=where)
 
 
-def _placed_plan(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+def placed_plan(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    """A plan with a place."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 

@@ -43,7 +43,6 @@ class Quantised:
     dtypes: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
     views: tuple[Callable[[Any], Any], ...] = dataclasses.field(default=(), metadata={"static": True})
     seen: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
-
     native: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property

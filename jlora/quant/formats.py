@@ -16,6 +16,7 @@ from jlora import sharding
 from jlora.axes import Axes
 from jlora.interpret.compat import is_traced
 from jlora.interpret.stored import placed
+from jlora.placement import placed_plan
 from jlora.qarray import NF4, codes, is_qarray, numbers, tile_of, tiled
 
 DTYPES: dict[str, Any] = {"nf4": "nf4", "int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -88,12 +89,8 @@ def quantised(x: Any, form: Format) -> Any:
     plan = jax.eval_shape(_encode(form), jax.ShapeDtypeStruct(x.shape, x.dtype))
     where = None if at is None else placed(plan, at)
     if isinstance(x, jax.ShapeDtypeStruct):
-        return plan if where is None else jax.tree.map(_placed_plan, plan, where)
+        return plan if where is None else jax.tree.map(placed_plan, plan, where)
     return _encode(form, _Places(where))(x)
-
-
-def _placed_plan(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 class _Places:
