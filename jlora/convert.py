@@ -15,6 +15,7 @@ from jlora.kernel import Kernel
 from jlora.nodes import AdaptedParam, LoraParam, TrainableParam, is_node
 from jlora.paths import flatten
 from jlora.placement import Makers
+from jlora.qarray import is_qarray
 from jlora.spec import LoraSpec
 from jlora.tree import merge, partition
 from jlora.variants.bias import LoraBiasParam
@@ -89,6 +90,9 @@ def fold_and_restart(tree: Any, *, key: jax.Array | None = None) -> Any:
     Returns:
       A tree of the same structure that stands for the same function; leaves trained in full and rows of tables stay.
 
+    Raises:
+      ValueError: if a base is quantised.
+
     Warns:
       MergePrecisionWarning: as `jlora.merge`, if the base's type is too coarse for an update.
 
@@ -102,6 +106,12 @@ def fold_and_restart(tree: Any, *, key: jax.Array | None = None) -> Any:
     References:
       Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv:2307.05695.
     """
+    for path, leaf in zip(*flatten(tree, is_node)[:2], strict=True):
+        if is_node(leaf) and is_qarray(leaf.base):
+            raise ValueError(
+                f"fold_and_restart: the base of {path} is quantised, and each restart would round it again; "
+                "jlora.quant.requantize(tree) tells what that loses, and jlora.wrap starts anew on its result"
+            )
     merged = jax.tree.leaves(merge(tree))
     paths, leaves, treedef = flatten(tree, is_node)
     key = _own_key(tree) if key is None else key

@@ -17,7 +17,7 @@ from jlora.interpret.interpreter import Interpreter
 from jlora.nodes import is_node
 from jlora.paths import flatten, split_arrays
 from jlora.qarray import is_qarray, nbits
-from jlora.tree import TRAINABLE, has_nodes, labels, partition, unwrap
+from jlora.tree import TRAINABLE, has_nodes, labels, unwrap
 
 MAX_ROWS = 200
 
@@ -91,14 +91,17 @@ def summary(tree: Any) -> Table:
             check_whole("summary", path, leaf)
     rows = [_summary_row(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]
     arrays = [x for x in jax.tree.leaves(tree, is_leaf=is_qarray) if hasattr(x, "dtype")]
-    trained = jax.tree.leaves(partition(tree)[0])
+    trained = [x for x, mark in zip(*map(jax.tree.leaves, (tree, labels(tree))), strict=True) if mark == TRAINABLE]
     count, all_ = sum(map(_size, trained)), sum(map(_size, arrays))
     percent = f"{100 * count / max(all_, 1):.2f}%"
     total = (
         f"trainable {count:,} of {_short(all_)}, {percent}; "
         f"{_bytes(sum(map(nbits, trained)) / 8)} of {_bytes(sum(map(nbits, arrays)) / 8)}"
     )
-    return Table(("path", "shape", "adapter", "rank", "scale", "trainable"), tuple(rows), (total,))
+    quantised = [x for x in arrays if is_qarray(x)]
+    bits = sum(map(nbits, quantised)) / max(sum(map(_size, quantised)), 1)
+    footer = (total, f"quantised: {len(quantised)} leaves, {bits:.2f} bits a weight") if quantised else (total,)
+    return Table(("path", "shape", "adapter", "rank", "scale", "trainable"), tuple(rows), footer)
 
 
 def _summary_row(path: str, node: Any) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ def specs(tree: Any, base_specs: Any) -> Any:
     Args:
       tree: a wrapped tree, of arrays or of `jax.ShapeDtypeStruct`.
       base_specs: a tree of specs with the paths of the plain tree, as `flax.linen.get_partition_spec` and
-        `flax.nnx.get_partition_spec` return it. One may stand for all leaves below its path; None is ``P()``.
+        `flax.nnx.get_partition_spec` return it. One may stand for all leaves below its path; None is ``P()``. A
+        quantised leaf has that of its codes.
 
     Returns:
       The structure of `tree` with a `jax.sharding.PartitionSpec` for each leaf.
@@ -77,8 +78,18 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
         paths, leaves, _ = flatten(found, _is_spec)
         for path, spec in zip(paths, leaves, strict=True):
             _check_names(path, spec, mesh)
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=_is_spec)
+        found = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=_is_spec)
+        return jax.tree.map(_fitted, tree, found, is_leaf=is_unit)
     return jax.tree.map(_own, tree, is_leaf=is_unit)
+
+
+def _fitted(leaf: Any, where: Any) -> Any:
+    """The shardings of a leaf; scales that are fewer than the parts of an axis are whole there."""
+    if is_qarray(leaf):
+        return placed(leaf, where.qvalue)
+    if is_node(leaf) and is_qarray(leaf.base):
+        return dataclasses.replace(where, base=placed(leaf.base, where.base.qvalue))
+    return where
 
 
 def of_state(state: Any, tree: Any, *, spread: bool = False) -> Any:
@@ -146,8 +157,9 @@ def _spread(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _by_path(base_specs: Any) -> dict[str, PartitionSpec]:
-    paths, leaves, _ = flatten(base_specs, lambda x: x is None or isinstance(x, (PartitionSpec, Sharding)))
-    return {path: _as_spec(path, leaf) for path, leaf in zip(paths, leaves, strict=True)}
+    is_spec = lambda x: x is None or isinstance(x, (PartitionSpec, Sharding)) or is_qarray(x)
+    paths, leaves, _ = flatten(base_specs, is_spec)
+    return {path: _as_spec(path, codes(leaf)) for path, leaf in zip(paths, leaves, strict=True)}
 
 
 def _as_spec(path: str, leaf: Any) -> PartitionSpec:

@@ -54,10 +54,20 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
       >>> jlora.merge(params)["kernel"].shape
       (4, 3)
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"merge: dtype must be a floating type, found {jnp.dtype(dtype).name}")
+    if dtype is not None and not _is_floating(dtype):
+        raise ValueError(
+            f"merge: dtype must be a floating type, found {getattr(dtype, '__name__', dtype)}; into the formats of "
+            "quantised bases jlora.quant.requantize(tree) merges"
+        )
     paths, leaves, treedef = flatten(_wrapped("merge", tree), is_unit)
     return treedef.unflatten([_merged(leaf, path, dtype) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
+    except TypeError:
+        return False
 
 
 def _merged(leaf: Any, path: str, dtype: Any) -> Any:
@@ -95,12 +105,14 @@ def _dense_base(path: str, node: Any, dtype: Any) -> Any:
 def _check_precision(path: str, value: Factored, merged: Any) -> None:
     if is_traced(merged) or jnp.finfo(merged.dtype).bits >= 32:
         return
-    exact = value.dense(jnp.float32)
-    delta = jnp.linalg.norm((exact - value.base.astype(jnp.float32)).ravel())
-    lost = jnp.linalg.norm((exact - merged.astype(jnp.float32)).ravel())
+    base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
+    rounded = value.base.astype(merged.dtype).astype(jnp.float32)
+    delta = jnp.linalg.norm((exact - base).ravel())
+    lost = jnp.linalg.norm((merged.astype(jnp.float32) - rounded - (exact - base)).ravel())
     if lost > delta / 2:
+        part = min(float(lost / delta), 1)
         warnings.warn(
-            f"merge: rounding {path} to {merged.dtype.name} loses {float(lost / delta):.0%} of its adapter (the update "
+            f"merge: rounding {path} to {merged.dtype.name} loses {part:.0%} of its adapter (the update "
             "is below the type's resolution); merge(tree, dtype=jnp.float32) keeps it",
             MergePrecisionWarning,
             stacklevel=4,
@@ -223,5 +235,7 @@ def has_nodes(tree: Any) -> bool:
 def _wrapped(name: str, tree: Any) -> Any:
     if not has_nodes(tree):
         twice = " (merged twice?)" if name == "merge" else ""
+        if any(map(qarray.is_qarray, jax.tree.leaves(tree, is_leaf=qarray.is_qarray))):
+            twice = ", though some are quantised; jlora.quant.dequantize gives their numbers"
         raise TypeError(f"{name} takes a tree that jlora.wrap returned; no leaf of this one is wrapped{twice}")
     return tree

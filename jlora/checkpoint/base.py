@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret.places import entries, names
 from jlora.nodes import TrainableParam, is_node
-from jlora.qarray import codes
+from jlora.qarray import codes, is_qarray
 
 SAMPLES = 16  # elements of each leaf that tell one base from another
 
@@ -32,8 +32,12 @@ def told(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     known = {path: x for path, x in bases.items() if not isinstance(leaves[path], TrainableParam)}
     arrays = {path: codes(x) for path, x in known.items()}
     samples = sampled({path: x for path, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)})
-    shape = lambda x: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
+    shape = lambda x: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name} | _quantised(x)
     return {path: shape(x) | ({"sample": samples[path]} if path in samples else {}) for path, x in bases.items()}
+
+
+def _quantised(x: Any) -> dict[str, str]:
+    return {"quantised": str(x.qvalue.dtype if x.qtype != "nf4" else "nf4")} if is_qarray(x) else {}
 
 
 def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], values_too: bool) -> None:
@@ -53,6 +57,13 @@ def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], 
             )
     if not values_too:
         return
+    form = lambda told: told.get("quantised", "dense")
+    for path, leaf in ours.items():
+        if form(_quantised(leaf)) != form(theirs[path]) and "sample" in theirs[path]:
+            raise ValueError(
+                f"checkpoint.load: {path} is {form(_quantised(leaf))} here, and {form(theirs[path])} in the base that "
+                f"{directory} was trained on; quantise it alike, or take the other base with check_base=False"
+            )
     expected = {path: x["sample"] for path, x in theirs.items() if "sample" in x}
     arrays = {path: codes(x) for path, x in ours.items() if path in expected}
     known = {path: x for path, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
@@ -60,7 +71,8 @@ def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], 
     if differing := [path for path in known if found[path] != expected[path]]:
         raise ValueError(
             f"checkpoint.load: {differing[0]} has other values, or another type, than in the base that {directory} was "
-            f"trained on ({len(differing)} of {len(known)} leaves differ); check_base=False takes it all the same"
+            f"trained on ({len(differing)} of {len(known)} leaves differ); check_base=False takes it all the same. "
+            "Bases that jlora.quant.loftq or qpissa has changed are made again by the same calls"
         )
 
 

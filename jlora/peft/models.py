@@ -44,6 +44,7 @@ def to_safetensors(
     """Writes a model's weights as ``model.safetensors``, or as shards with an index, adapters merged on the way.
 
     One tensor at a time is taken from the device, merged and written, so that a model may be larger than the memory.
+    What is quantised is written as its numbers, in its kernels' type or `dtype`.
 
     Args:
       tree: parameters, plain or wrapped.

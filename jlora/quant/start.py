@@ -13,14 +13,18 @@ import jax.numpy as jnp
 from jlora import sharding
 from jlora.fields import mapped, matrices
 from jlora.init.spectral import pissa
-from jlora.nodes import LoraParam, is_unit
-from jlora.paths import flatten
-from jlora.qarray import dense, is_qarray
+from jlora.nodes import LoraParam, is_node, is_unit
+from jlora.paths import flatten, nearest
+from jlora.qarray import codes, dense, is_qarray
 from jlora.quant.formats import Format, encode
 
 
 def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = None) -> Any:
     """The best factors for what quantising has lost: A and B of ``W - Q``, then Q of ``W - s A B``, and so on.
+
+    For the start of training: the factors are new, whatever they were. More than one iteration changes the base too,
+    and the adapter then fits this base alone: keep it (`jlora.unwrap`), or make it again by the same calls, which give
+    the same bits.
 
     Args:
       tree: a wrapped tree whose adapted bases are quantised.
@@ -51,6 +55,7 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
 def qpissa(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = None) -> Any:
     """The principal part of each kernel in A and B, which train, and the rest, which has a smaller range, quantised.
 
+    It changes the base, so that the adapter fits this base alone, as in `loftq`.
     Arguments and errors are those of `loftq`; with more iterations A and B are computed again of ``W - Q``, and the
     base again of ``W - s A B``.
 
@@ -66,9 +71,11 @@ def _started(name: str, steps: str, tree: Any, params: Any, iterations: int, nit
     paths, leaves, treedef = flatten(tree, is_unit)
     plain = dict(zip(*flatten(params, is_unit)[:2], strict=True))
     if not any(map(_is_on_codes, leaves)):
+        nodes = [leaf for leaf in leaves if is_node(leaf)]
+        found = {f"{type(x).__name__} on a {'quantised' if is_qarray(x.base) else 'dense'} base" for x in nodes}
         raise ValueError(
-            f"{name}: no LoraParam of the tree stands on a quantised base; it takes jlora.wrap(jlora.quant.quantize("
-            "params), spec), with variant 'lora', and params"
+            f"{name} takes the tree first, jlora.wrap(jlora.quant.quantize(params), spec) with variant 'lora', then "
+            f"params; the first has {', '.join(sorted(found)) or 'nothing that is wrapped'}"
         )
 
     def started(path: str, leaf: Any) -> Any:
@@ -89,8 +96,11 @@ def _is_on_codes(leaf: Any) -> bool:
 
 def _check(name: str, path: str, node: Any, plain: Mapping[str, Any]) -> None:
     leaf = plain.get(path)
-    if leaf is None or is_qarray(leaf) or tuple(leaf.shape) != tuple(node.shape):
-        found = "is missing" if leaf is None else f"is a {type(leaf).__name__} of shape {tuple(leaf.shape)}"
+    if any(isinstance(codes(x), jax.ShapeDtypeStruct) for x in (node.base, leaf)):
+        raise ValueError(f"{name}: {path} is a plan, without values; fill it first, by jlora.quant.fill")
+    if leaf is None or is_unit(leaf) or tuple(leaf.shape) != tuple(node.shape):
+        near = f"is missing (nearest: {', '.join(nearest(path, plain))})"
+        found = near if leaf is None else f"is a {type(leaf).__name__} of shape {tuple(leaf.shape)}"
         raise ValueError(
             f"{name}: params must have the kernel {path} of shape {tuple(node.shape)} as it was before it was "
             f"quantised, but there it {found}"

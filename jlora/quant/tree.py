@@ -39,7 +39,8 @@ def quantize(
 
     Args:
       params: a plain tree, as of `jlora.wrap`, which then takes the result.
-      dtype: ``"nf4"`` (the quantiles of a normal distribution), ``"int4"``, ``"int8"`` or ``"fp8"`` (e4m3).
+      dtype: of the codes: ``"nf4"`` (the quantiles of a normal distribution), ``"int4"``, ``"int8"`` or ``"fp8"``
+        (e4m3).
       targets: which leaves, as of `jlora.LoraSpec`.
       exclude: of these, which not.
       tile: elements along the contracted axes that share a scale, of the kernel's type; where this does not divide
@@ -69,8 +70,8 @@ def quantize(
     References:
       Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"quantize: dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"quantize: dtype must be one of {', '.join(DTYPES)}, found {_short(dtype)}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise ValueError(f"quantize: tile must be a positive number of elements or None, found {tile!r}")
     paths, leaves, treedef = flatten(params, is_unit)
@@ -79,6 +80,10 @@ def quantize(
     by_path = dict(zip(paths, leaves, strict=True))
     forms = _formats(params, by_path, dtype, tile, double_quant, _spec(targets, exclude, axes), sites)
     return treedef.unflatten([quantised(x, forms[p]) if p in forms else x for p, x in zip(paths, leaves, strict=True)])
+
+
+def _short(x: Any) -> str:
+    return repr(x) if isinstance(x, str) else type(x).__name__
 
 
 def _spec(targets: Any, exclude: Iterable[Any], axes: Mapping[Any, Axes] | None) -> LoraSpec:
@@ -247,6 +252,7 @@ def fill(plan: Any, read: Callable[[str, Any], Any]) -> Any:
         dense array.
 
     Raises:
+      TypeError: if the plan is wrapped.
       ValueError: if an array has another shape than the plan.
 
     Example:
@@ -256,7 +262,11 @@ def fill(plan: Any, read: Callable[[str, Any], Any]) -> Any:
       >>> params["kernel"].qvalue.shape
       (128, 8)
     """
-    paths, leaves, treedef = flatten(plan, is_qarray)
+    if callable(plan) or not callable(read):
+        raise TypeError("fill takes the plan first and the function that reads a leaf second")
+    paths, leaves, treedef = flatten(plan, is_unit)
+    if wrapped := [path for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]:
+        raise TypeError(f"fill: {wrapped[0]} is wrapped; fill the plan first, then wrap what it gives")
     return treedef.unflatten([_read(path, leaf, read) for path, leaf in zip(paths, leaves, strict=True)])
 
 
@@ -265,12 +275,11 @@ def _read(path: str, leaf: Any, read: Callable[[str, Any], Any]) -> Any:
         return leaf
     shape = _dense(leaf)
     found = read(path, shape)
-    if tuple(found.shape) != tuple(leaf.shape):
-        raise ValueError(f"fill: read gave {path} with shape {tuple(found.shape)}; the plan has {tuple(leaf.shape)}")
+    size = getattr(found, "shape", None)
+    if size is None or tuple(size) != tuple(leaf.shape):
+        what = f"an array of shape {tuple(size)}" if size is not None else f"a {type(found).__name__}"
+        raise ValueError(f"fill: read gave {what} for {path}; the plan has shape {tuple(leaf.shape)}")
     if is_qarray(leaf):
         return read_as(found, leaf)
-    return (
-        jnp.asarray(found, leaf.dtype)
-        if shape.sharding is None
-        else jax.device_put(found.astype(leaf.dtype), shape.sharding)
-    )
+    array = found.astype(leaf.dtype)
+    return jnp.asarray(array) if shape.sharding is None else jax.device_put(array, shape.sharding)

@@ -168,6 +168,7 @@ def test_numpy_leaves_come_to_the_device_one_at_a_time():
 
 WRONG = [
     ({"dtype": "nf5"}, ValueError, "dtype must be one of nf4, int4, int8, fp8, found 'nf5'"),
+    ({"dtype": {}}, ValueError, "dtype must be one of .* found dict"),
     ({"tile": 0}, ValueError, "tile must be a positive number of elements or None, found 0"),
     ({"targets": "qury"}, ValueError, "quantize: the pattern 'qury' in targets matches no leaf. Nearest: "),
     ({"targets": 3}, ValueError, "quantize: targets"),

@@ -107,6 +107,20 @@ def test_specs(dtype, double_quant):
     assert jax.tree.structure(shardings) == jax.tree.structure(tree)
 
 
+def test_scales_that_are_too_few_are_whole():
+    """On a mesh with more parts than an axis has tiles; specs may come from the quantised tree itself."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    make = lambda: jlora.wrap(
+        jlora.quant.quantize({"kernel": noise(128, 32)}, double_quant=True), jlora.LoraSpec(rank=2)
+    )
+    plan = jax.eval_shape(make)
+    specs = jax.tree.map(lambda x: P("fsdp", None), jlora.unwrap(plan))
+    found = jax.jit(make, out_shardings=jlora.sharding.shardings(plan, mesh, specs))()
+    assert found["kernel"].base.qvalue.sharding.spec == P("fsdp", None)
+    assert found["kernel"].base.scale.qvalue.sharding.spec == P(None, None)  # two tiles on eight devices
+    assert error(jlora.quant.dequantize(found["kernel"].base), jlora.quant.dequantize(make()["kernel"].base)) <= 1e-6
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype, double_quant", FORMATS)
 def test_values_and_gradients_are_those_of_one_device(mode, dtype, double_quant):

@@ -70,6 +70,23 @@ def test_merging_to_a_dense_type(dtype):
     assert merged["up"]["bias"].dtype == jnp.float32
 
 
+def test_an_adapter_that_is_still_zero_is_no_loss():
+    """Rounding the numbers of the base to 16 bits loses nothing of an update."""
+    merged = jlora.merge(jlora.wrap(quantised(), SPEC), dtype=jnp.bfloat16)
+    assert same_bits(merged["up"]["kernel"], jlora.quant.dequantize(quantised(), dtype=jnp.bfloat16)["up"]["kernel"])
+
+
+def test_types_that_are_no_result():
+    tree = jlora.wrap(quantised(), SPEC)
+    for dtype in ("nf4", jnp.int4):
+        with pytest.raises(ValueError, match=r"merge: dtype must be a floating type, found .*requantize"):
+            jlora.merge(tree, dtype=dtype)
+    with pytest.raises(TypeError, match=r"some are quantised; jlora.quant.dequantize"):
+        jlora.merge(quantised(), dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"fold_and_restart: the base of down/kernel is quantised"):
+        jlora.fold_and_restart(tree)
+
+
 def test_merging_abstract_trees():
     tree = jlora.wrap(jlora.quant.quantize(jax.eval_shape(params)), SPEC)
     merged = jlora.merge(tree, dtype=jnp.bfloat16)
@@ -157,8 +174,21 @@ def test_starts_that_are_refused():
         jlora.quant.qpissa(tree, {"up": params()["up"]})
     with pytest.raises(ValueError, match=r"loftq: params must .* there it is a QArray"):
         jlora.quant.loftq(tree, quantised())
-    with pytest.raises(ValueError, match="loftq: no LoraParam of the tree stands on a quantised base"):
+    with pytest.raises(ValueError, match=r"loftq takes the tree first, .*; the first has LoraParam on a dense base"):
         jlora.quant.loftq(jlora.wrap(params(), SPEC), params())
+
+
+def test_starts_need_values_and_the_plain_tree():
+    plan = jlora.wrap(jlora.quant.quantize(jax.eval_shape(params)), SPEC)
+    with pytest.raises(ValueError, match=r"loftq: .* is a plan, without values; fill it first"):
+        jlora.quant.loftq(plan, params())
+    tree = jlora.wrap(quantised(), SPEC)
+    with pytest.raises(ValueError, match="there it is a LoraParam"):
+        jlora.quant.loftq(tree, tree)
+    with pytest.raises(ValueError, match=r"is missing \(nearest: .*params/down/kernel"):
+        jlora.quant.loftq(tree, {"params": params()})
+    with pytest.raises(ValueError, match="the first has DoraParam on a quantised base"):
+        jlora.quant.loftq(jlora.wrap(quantised(), jlora.LoraSpec(variant="dora", rank=2)), params())
 
 
 # ------------------------------------------------------------------------------- reading
@@ -175,8 +205,16 @@ def test_filling_a_plan_leaf_by_leaf():
 
     assert same_bits(jlora.quant.fill(plan, read), quantised(double_quant=True))
     assert ("up/kernel", (128, 96), jnp.float32) in asked and len(asked) == 4
-    with pytest.raises(ValueError, match=r"fill: read gave down/kernel with shape \(2,\); the plan has \(96, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"fill: read gave an array of shape \(2,\) for down/kernel; the plan has shape \(96, 16\)"
+    ):
         jlora.quant.fill(plan, lambda path, leaf: np.zeros(2))
+    with pytest.raises(ValueError, match="fill: read gave a NoneType for"):
+        jlora.quant.fill(plan, lambda path, leaf: None)
+    with pytest.raises(TypeError, match="fill takes the plan first"):
+        jlora.quant.fill(read, plan)
+    with pytest.raises(TypeError, match="fill: down/kernel is wrapped; fill the plan first"):
+        jlora.quant.fill(jlora.wrap(plan, SPEC), read)
 
 
 def test_filling_a_plan_from_safetensors(tmp_path):
@@ -249,7 +287,7 @@ def test_checkpoints_know_their_quantised_base(tmp_path):
     jlora.checkpoint.save(tmp_path / "adapter", tree)
     assert same_bits(jlora.checkpoint.load(tmp_path / "adapter", quantised()), tree)
     for other in (params(), quantised("int4")):
-        with pytest.raises(ValueError, match="has other values, or another type"):
+        with pytest.raises(ValueError, match=r"is (dense|int4) here, and nf4 in the base that .* was trained on"):
             jlora.checkpoint.load(tmp_path / "adapter", other)
 
 
@@ -343,6 +381,7 @@ def test_summary_and_explain_and_sites():
     tree = jlora.wrap(base, jlora.LoraSpec(targets="up", rank=4))
     text = str(jlora.summary(tree))
     assert re.search(r"trainable 896 of 14,832, 6.04%; 3.5 KiB of 1\d.\d KiB", text), text
+    assert text.endswith("quantised: 2 leaves, 4.54 bits a weight")
     uses = {use.path: use for use in jlora.explain(forward, tree, X).uses}
     assert uses["up/kernel"].factored and uses["down/kernel"].factored
     assert str(jlora.sites(forward, base, X)) == str(jlora.sites(forward, params(), X))
