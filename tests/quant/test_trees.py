@@ -381,7 +381,7 @@ def test_summary_and_explain_and_sites():
     tree = jlora.wrap(base, jlora.LoraSpec(targets="up", rank=4))
     text = str(jlora.summary(tree))
     assert re.search(r"trainable 896 of 14,832, 6.04%; 3.5 KiB of 1\d.\d KiB", text), text
-    assert text.endswith("quantised: 2 leaves, 4.54 bits a weight")
+    assert text.endswith("quantised: 2 leaves, 4.52 bits a weight")
     uses = {use.path: use for use in jlora.explain(forward, tree, X).uses}
     assert uses["up/kernel"].factored and uses["down/kernel"].factored
     assert str(jlora.sites(forward, base, X)) == str(jlora.sites(forward, params(), X))
