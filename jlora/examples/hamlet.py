@@ -98,8 +98,7 @@ def adapt(model: SmolLM2, params: Any, args: argparse.Namespace) -> Any:
 
 def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespace) -> tuple[Any, list[float]]:
     """Returns the trained parameters and the loss of every step; the arrays in `params` are donated."""
-    adamw = optax.adamw(learning_rate(args.lr, args.steps))
-    tx = jlora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), adamw), params)
+    tx = optimizer(params, args)
     step, state, losses = train_step(model, tx), tx.init(params), []
     bar = tqdm(batches(rows, args.steps, args.seed), "training", args.steps, unit="step")
     for batch in bar:
@@ -107,6 +106,12 @@ def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespac
         losses.append(float(loss))
         bar.set_postfix(loss=f"{running_mean(losses)[-1]:.3f}")
     return params, losses
+
+
+def optimizer(params: Any, args: argparse.Namespace) -> optax.GradientTransformation:
+    """Returns AdamW with clipped gradients, for what trains."""
+    adamw = optax.adamw(learning_rate(args.lr, args.steps))
+    return jlora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), adamw), params)
 
 
 def train_step(model: SmolLM2, tx: optax.GradientTransformation) -> Callable:

@@ -1,5 +1,7 @@
 """Tests of the SmolLM2 port: a tiny model against one written by hand, and the pretrained model's known answers."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +270,67 @@ def test_training_lowers_the_loss_and_moves_only_what_trains(params):
     assert all(optax.tree.norm(node["kernel"].lora_b) > 0 for node in trained["layers"]["mlp"].values())
 
 
+BASES = [
+    ("nf4", "uint4", []),
+    ("nf4", "uint4", ["--double-quant"]),
+    ("int4", "int4", []),
+    ("int8", "int8", []),
+    ("fp8", "float8_e4m3fn", []),
+]
+
+
+@pytest.mark.parametrize("name, codes, flags", BASES, ids=lambda x: "".join(x))
+def test_quantised_bases_hold_all_linear_kernels(params, name, codes, flags):
+    args = hamlet.parse(["--quantize", name, *flags, "--rank", "2"])
+    tree = hamlet.adapt(TINY, params, args)
+    nodes = [node["kernel"] for part in ("attention", "mlp") for node in tree["layers"][part].values()]
+    assert len(nodes) == 7 and all(node.base.qvalue.dtype.name == codes for node in nodes)
+    assert tree["embed"]["embedding"] is params["embed"]["embedding"]
+    assert hasattr(nodes[0].base.scale, "qvalue") == bool(flags)
+    table = jlora.explain(lambda params, ids: TINY.apply({"params": params}, ids), tree, IDS)
+    assert len(table.uses) == 7 and all(use.factored for use in table.uses)
+
+
+@pytest.fixture
+def tiny_job(params, tmp_path, monkeypatch):
+    """The job's downloads replaced: the tiny model, tokens of one letter, a play of four of them."""
+    (tmp_path / "hamlet.txt").write_text("abcd" * 64)
+    letters = ["<|im_end|>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]
+    metadata = {"tokens": letters, "token_type": [3] + [1] * 39, "merges": []}
+    tokenizer = smollm2.tokenizer_from({f"tokenizer.ggml.{name}": value for name, value in metadata.items()})
+    for name, value in {
+        "fetch": lambda package: tmp_path,
+        "load_tokenizer": lambda folder: tokenizer,
+        "load_params": lambda folder: jax.tree.map(np.array, params),  # copies: training donates them
+        "PRETRAINED": TINY,
+        "LENGTH": 8,
+        "perplexity": lambda params, ids: smollm2.perplexity(params, ids, TINY),
+        "generate": lambda *args: smollm2.generate(*args, model=TINY),
+    }.items():
+        monkeypatch.setattr(hamlet, name, value)
+
+
+def test_the_whole_job_on_a_quantised_base(tiny_job, tmp_path, capsys):
+    flags = ["--rank", "2", "--lr", "0.02", "--out", str(tmp_path / "out"), "--quantize", "nf4", "--double-quant"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert hamlet.main(["ab", "--quick", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert " bits a weight of the frozen kernels, as nf4\n" in printed
+    (first, before), (last, after) = (line.rsplit(" ", 1) for line in printed.splitlines()[-2:])
+    assert (first, last) == ("pretrained, nf4", "LoRA, nf4") and float(after) < float(before)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_without_qwix_is_one_line_and_no_download(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    monkeypatch.setattr(hamlet, "fetch", lambda package: pytest.fail("fetched"))
+    assert hamlet.main(["--quantize", "int8"]) == 1
+    assert capsys.readouterr().err == (
+        "error: jlora.quant keeps quantised leaves as Qwix's QArray, and qwix is not installed: "
+        "pip install 'jlora[quant]'\n"
+    )
+
+
 def test_windows_and_their_split():
     rows = hamlet.windows(list(range(105)), 5)
     assert rows.shape == (21, 5) and rows.dtype == np.int32
@@ -287,6 +350,13 @@ def test_settings():
     assert (args.steps, args.rank, args.lr, args.held_out) == (80, 8, 1e-3, None)
     assert hamlet.parse(["--quick"]).steps == 10
     assert hamlet.parse(["--quick", "--steps", "5"]).steps == 5
+    assert (args.quantize, args.double_quant) == (None, False)
+
+
+def test_double_quant_alone_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        hamlet.parse(["--double-quant"])
+    assert "--double-quant quantises the scales of --quantize: give both" in capsys.readouterr().err
 
 
 def test_offline_is_one_line_and_no_traceback(monkeypatch, capsys):
