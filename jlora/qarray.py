@@ -88,7 +88,7 @@ def nf4_values(codes: jax.Array, dtype: Any) -> jax.Array:
 def looked_up(codes: jax.Array, dtype: Any) -> jax.Array:
     at = jax.typeof(codes).sharding
     place = at if at.mesh.explicit_axes else None
-    return jnp.asarray(NF4, dtype).at[codes.astype(jnp.int32)].get(mode="clip", out_sharding=place)
+    return jnp.asarray(NF4, dtype).at[codes.astype(jnp.uint32)].get(mode="promise_in_bounds", out_sharding=place)
 
 
 def chosen(codes: jax.Array, dtype: Any) -> jax.Array:
