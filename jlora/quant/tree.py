@@ -15,7 +15,7 @@ from jlora.interpret.sites import Site
 from jlora.nodes import is_node, is_unit
 from jlora.paths import flatten
 from jlora.qarray import dense, is_qarray, nbits
-from jlora.quant.formats import DTYPES, Format, quantised, read_as
+from jlora.quant.formats import DTYPES, Format, package, quantised, read_as
 from jlora.select import select, sites_of
 from jlora.spec import LoraSpec
 from jlora.tree import merge
@@ -70,6 +70,7 @@ def quantize(
     References:
       Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314.
     """
+    package()
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"quantize: dtype must be one of {', '.join(DTYPES)}, found {_short(dtype)}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):

@@ -68,8 +68,21 @@ def step_of(fn, depth, dtype=None, double_quant=False, adapted=True):
     return compiled(step, tree, jax.eval_shape(tx.init, tree), x)
 
 
-MODELS = [unrolled, unrolled_remat, scanned, scanned_remat]
-every_model = pytest.mark.parametrize("fn", MODELS, ids=lambda fn: fn.__name__)
+def heeds_barriers():
+    """Whether XLA keeps apart what a barrier keeps apart: on the CPU that of JAX 0.10.2 does not."""
+
+    def twice(x, w):
+        parts = [jax.lax.optimization_barrier((w, x + i))[0] for i in range(2)]
+        return x @ jnp.exp(parts[0]) @ jnp.exp(parts[1])
+
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    return compiled(twice, shape, shape).as_text().count(" exponential(") == 2
+
+
+needs_barriers = pytest.mark.skipif(not heeds_barriers(), reason="XLA drops barriers here, as for jax.checkpoint")
+MODELS = [pytest.param(fn, marks=needs_barriers, id=fn.__name__) for fn in (unrolled, unrolled_remat)]
+MODELS += [pytest.param(fn, id=fn.__name__) for fn in (scanned, scanned_remat)]
+every_model = pytest.mark.parametrize("fn", MODELS)
 
 
 @every_model
@@ -94,6 +107,7 @@ def test_without_adapters_too(fn):
     assert temporaries(ours) <= temporaries(dense) + 2 * KERNEL
 
 
+@needs_barriers
 def test_the_measure_sees_what_is_kept():
     """Numbers made without a tie to where they are used stay from the forward to the backward pass."""
     params, x = shapes(unrolled, 24), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
@@ -102,6 +116,7 @@ def test_the_measure_sees_what_is_kept():
     assert temporaries(naive) > temporaries(step_of(unrolled, 24, "nf4", adapted=False)) + 20 * KERNEL
 
 
+@needs_barriers
 def test_the_numbers_are_made_twice():
     """Once in the forward pass and once in the backward pass of each kernel but the first, which needs no dx."""
     table = re.findall(r"= f32\[\d+,\d+\]\S* gather\(", lowered_text("nf4"))
