@@ -174,9 +174,7 @@ def package() -> Any:
 
 
 def read_as(dense: Any, plan: Any) -> Any:
-    """A leaf that was read as numbers, as its plan says: quantised to its format, placed as its codes."""
-    if not is_qarray(plan):
-        return dense
+    """A leaf that was read as numbers, as the plan of a quantised one says: to its format, placed as its codes."""
     where = getattr(codes(plan), "sharding", None)
     at = np.asarray(dense, plan.dtype) if where is None else jax.device_put(np.asarray(dense, plan.dtype), where)
     return quantised(at, Format.of(plan))

@@ -18,7 +18,7 @@ from jlora.qarray import dense, is_qarray, nbits
 from jlora.quant.formats import DTYPES, Format, package, quantised, read_as
 from jlora.select import select, sites_of
 from jlora.spec import LoraSpec
-from jlora.tree import merge
+from jlora.tree import has_nodes, merge
 
 
 def quantize(
@@ -181,23 +181,18 @@ def requantize(tree: Any) -> tuple[Any, dict[str, Error]]:
       >>> errors["kernel"].weight < 0.01
       True
     """
+    if not has_nodes(tree):
+        raise TypeError("requantize takes a tree that jlora.wrap returned; no leaf of this one is wrapped")
     paths, leaves, treedef = flatten(tree, is_unit)
-    on_codes = [path for path, x in zip(paths, leaves, strict=True) if is_node(x) and is_qarray(x.base)]
-    exact = dict(zip(paths, flatten(merge(tree, dtype=jnp.float32), is_unit)[1], strict=True))
-    made = {path: leaf if is_qarray(leaf) else exact[path] for path, leaf in zip(paths, leaves, strict=True)}
-    made |= _merged_dense(paths, leaves, {*on_codes})
-    errors = {}
+    made, errors = [], {}
     for path, leaf in zip(paths, leaves, strict=True):
-        if path in on_codes:
-            made[path] = quantised(exact[path].astype(leaf.dtype), Format.of(leaf.base))
-            errors[path] = _error(made[path], exact[path], leaf.base)
-    return treedef.unflatten([made[path] for path in paths]), errors
-
-
-def _merged_dense(paths: list[str], leaves: list[Any], on_codes: set[str]) -> dict[str, Any]:
-    """The merged leaves with dense bases, each of its own type."""
-    nodes = {p: x for p, x in zip(paths, leaves, strict=True) if is_node(x) and p not in on_codes}
-    return merge(nodes) if nodes else {}
+        if is_node(leaf) and is_qarray(leaf.base):
+            exact = merge({path: leaf}, dtype=jnp.float32)[path]
+            made.append(quantised(exact.astype(leaf.dtype), Format.of(leaf.base)))
+            errors[path] = _error(made[-1], exact, leaf.base)
+        else:
+            made.append(merge({path: leaf})[path] if is_node(leaf) else leaf)
+    return treedef.unflatten(made), errors
 
 
 def _error(made: Any, exact: jax.Array, base: Any) -> Error:

@@ -408,3 +408,11 @@ def test_a_warning_only_where_an_adapter_is_computed_densely():
     assert error(found, square(jlora.quant.dequantize(quantised()), X)) <= 1e-5
     with pytest.warns(jlora.DenseFallbackWarning, match="up/kernel"):
         jlora.apply(square)(jlora.wrap(quantised(), SPEC), X)
+
+
+@pytest.mark.parametrize("start", [jlora.quant.loftq, jlora.quant.qpissa])
+def test_the_same_calls_make_the_same_base_again(start):
+    again = [start(jlora.wrap(quantised(), SPEC), params(), iterations=3) for _ in range(2)]
+    assert same_bits(*again)
+    with pytest.raises(TypeError, match="requantize takes a tree that jlora.wrap returned"):
+        jlora.quant.requantize(quantised())
