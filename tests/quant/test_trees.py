@@ -414,5 +414,5 @@ def test_a_warning_only_where_an_adapter_is_computed_densely():
 def test_the_same_calls_make_the_same_base_again(start):
     again = [start(jlora.wrap(quantised(), SPEC), params(), iterations=3) for _ in range(2)]
     assert same_bits(*again)
-    with pytest.raises(TypeError, match="requantize takes a tree that jlora.wrap returned"):
+    with pytest.raises(TypeError, match=r"requantize takes a tree that jlora.wrap returned"):
         jlora.quant.requantize(quantised())
