@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 import jlora
 from tests.programs import Program
@@ -55,6 +56,12 @@ def same_bits(x: Any, y: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
+
+
+def has_loop(jaxpr: Any) -> bool:
+    """Whether there is a loop at any depth: compiled as one even in eager JAX, so that XLA may round otherwise."""
+    inside = (sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
+    return any(eqn.primitive.name in ("scan", "while") for eqn in jaxpr.eqns) or any(map(has_loop, inside))
 
 
 def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:

@@ -406,9 +406,9 @@ def parts(kernel, chosen: slice):
 def test_pissa_and_milora_are_parts_of_the_decomposition(init, chosen, use):
     for kernel, a, b in started(init, use):
         part, values = parts(kernel, chosen)
-        np.testing.assert_allclose(SCALE * a @ b, part, atol=1e-5)
-        np.testing.assert_allclose(a.T @ a, np.diag(values / SCALE), atol=1e-5)
-        np.testing.assert_allclose(b @ b.T, np.diag(values / SCALE), atol=1e-5)
+        np.testing.assert_allclose(SCALE * a @ b, part, atol=5e-5)
+        np.testing.assert_allclose(a.T @ a, np.diag(values / SCALE), atol=5e-5)
+        np.testing.assert_allclose(b @ b.T, np.diag(values / SCALE), atol=5e-5)
 
 
 @spectral_uses
