@@ -2,6 +2,7 @@
 
     python benchmarks/qlora.py                          every base that the file of results lacks
     python benchmarks/qlora.py --rows dense nf4         these
+    python benchmarks/qlora.py --rows dense nf4 "nf4, QPiSSA" --steps 160 --json benchmarks/qlora_160.json
     python benchmarks/qlora.py --rows                   prints the table of what is there
     python benchmarks/qlora.py --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
 
@@ -36,7 +37,10 @@ BASES = {
     "int4": ["--quantize", "int4"],
     "int8": ["--quantize", "int8"],
     "fp8": ["--quantize", "fp8"],
+    "nf4, LoftQ": ["--quantize", "nf4"],
+    "nf4, QPiSSA": ["--quantize", "nf4"],
 }
+STARTS = {"nf4, LoftQ": jlora.quant.loftq, "nf4, QPiSSA": jlora.quant.qpissa}  # five iterations
 HEADER = [
     "base",
     "bits a weight",
@@ -84,6 +88,13 @@ def learnt(tree: Any, train_set: np.ndarray, held_out: np.ndarray, args: argpars
     before = perplexity(tree, held_out)
     tree, _ = hamlet.train(PRETRAINED, tree, train_set, args)
     return {"before": before, "after": perplexity(tree, held_out)}
+
+
+def begun(name: str, weights: Any, args: argparse.Namespace) -> Any:
+    """The wrapped tree of a base, as training begins."""
+    params = jax.tree.map(jnp.array, weights)
+    tree = hamlet.adapt(PRETRAINED, params, args)
+    return STARTS[name](tree, params, iterations=5, niter=4) if name in STARTS else tree
 
 
 def noisy(weights: Any, size: float) -> Any:
@@ -151,7 +162,7 @@ def main() -> None:
         weights, (train_set, held_out) = load_params(folder), data(folder)
         held_out = held_out[: given.held_out]
         args = {name: hamlet.parse(["--steps", str(given.steps), *flags]) for name, flags in BASES.items()}
-        start = lambda name: hamlet.adapt(PRETRAINED, jax.tree.map(jnp.array, weights), args[name])
+        start = lambda name: begun(name, weights, args[name])
     for name in todo:
         row = cost(name, start, train_set[: hamlet.BATCH], given.rounds, args[name])
         rows[name] = row | learnt(start(name), train_set, held_out, args[name])

@@ -2,7 +2,9 @@
 
 all-MiniLM-L6-v2 (22.6M parameters) learns from 2,000 rated sentences and is measured on 1,000 held-out ones, next to a
 logistic regression on its frozen features: the probe. The head starts from the probe's, so that the difference is what
-the encoder learns. On two CPU cores all of it takes about five minutes.
+the encoder learns. The adapter is saved as PEFT's files and the merged model as safetensors, by PyTorch's names, with
+the head as `classifier` (on the mean of the words' vectors, not on BERT's pooler). On two CPU cores all of it takes
+about five minutes.
 
 The first Ctrl-C in training ends it after the step under way, saves the adapter so far and exits with code 130.
 
@@ -25,8 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 import jlora
 from jlora.examples.fetch import MINILM, MOVIES, FetchError, fetch, read_member
@@ -36,6 +36,7 @@ from jlora.examples.training import BATCH, Data, accuracy, count, exit_code, in_
 
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LENGTH, SCALE = 64, 2
+NAMES, MODEL = "bert-classifier", "sentence-transformers/all-MiniLM-L6-v2"
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 SENTENCES = (
     "A warm, funny film that earns every one of its tears.",
@@ -66,14 +67,16 @@ def run(args: argparse.Namespace) -> int:
     measure = partial(accuracy, adapted, data=subset)
     with interrupt_flag() as stop:
         params, history = train(model, params, train_set, args, stop, measure)
-    adapter = args.out / "adapter.safetensors"
-    save_adapter(adapter, params)
+    adapter = args.out / "adapter"
+    jlora.peft.save(adapter, params, names=NAMES, base_model=MODEL)
     if stop.is_set():
         print(f"stopped after {len(history.loss)} of {args.steps} steps; the adapter so far is in {adapter}")
         return 130
 
-    print(f"adapter: {adapter}, {against(adapter, folder / 'model.safetensors')}")
-    lora = report(plain, adapted, params, held_out)
+    size = against(adapter / "adapter_model.safetensors", folder / "model.safetensors")
+    print(f"adapter, for PEFT: {adapter}, {size}")
+    merged = export(args.out / "merged", params)
+    lora = report(plain, adapted, params, merged, held_out)
     written_aside(args.out / "curves.png", lambda path: save_curves(path, history, probe, lora))
     print(f"curves: {args.out / 'curves.png'}")
     classify(adapted, params, tokenizer, args.sentences)
@@ -143,19 +146,34 @@ def fit_logistic(x: jax.Array, labels: jax.Array, decay: float) -> dict[str, jax
 
 
 def adapt(params: Any, args: argparse.Namespace) -> Any:
-    """Returns the parameters with an adapter on each linear layer, new or resumed, and the head to train in full."""
+    """Returns the parameters with an adapter on each linear layer, new or resumed, and the head to train in full.
+
+    Raises:
+      AdapterError: if what is resumed from is no adapter of this model.
+    """
+    if args.resume:
+        try:
+            return jlora.peft.load(args.resume, params, names=NAMES)
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
     rank = args.rank
     spec = jlora.LoraSpec(targets="all-linear", rank=rank, alpha=SCALE * rank, train=("head",), seed=args.seed)
-    params = jlora.wrap(params, spec)
-    return load_adapter(args.resume, params) if args.resume else params
+    return jlora.wrap(params, spec)
 
 
-def report(plain: Callable, adapted: Callable, params: Any, held_out: Data) -> float:
+def export(folder: Path, params: Any) -> Any:
+    """Returns the merged parameters as they are in the file that it writes."""
+    jlora.peft.to_safetensors(params, folder, names=NAMES)
+    print(f"merged model, by PyTorch's names: {folder}")
+    return jlora.peft.from_safetensors(folder, like=jax.eval_shape(jlora.unwrap, params), names=NAMES)
+
+
+def report(plain: Callable, adapted: Callable, params: Any, merged: Any, held_out: Data) -> float:
     """Returns the accuracy of the adapted model, having printed how the merged model's predictions compare."""
     logits = in_batches(adapted, params, held_out, "held out, LoRA")
-    merged = in_batches(plain, jlora.merge(params), held_out, "held out, merged")
-    same = (logits.argmax(-1) == merged.argmax(-1)).sum()
-    gap = np.abs(logits - merged).max()
+    found = in_batches(plain, merged, held_out, "held out, merged")
+    same = (logits.argmax(-1) == found.argmax(-1)).sum()
+    gap = np.abs(logits - found).max()
     print(f"merged model: predictions identical on {same}/{len(logits)} held-out sentences "
           f"(max |logit difference| {gap:.1e})")  # fmt: skip
     return float((logits.argmax(-1) == held_out["labels"]).mean())
@@ -169,42 +187,7 @@ def classify(adapted: Callable, params: Any, tokenizer: Any, sentences: list[str
 
 
 class AdapterError(ValueError):
-    """An adapter file that does not fit the model."""
-
-
-def save_adapter(path: Path, params: Any) -> None:
-    """Writes the trainable leaves of a wrapped tree as safetensors, named `a/b/kernel/lora_a`."""
-    trainable, _ = jlora.partition(params)
-    leaves = {leaf_name(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
-    written_aside(path, lambda aside: save_file(leaves, aside))
-
-
-def load_adapter(path: Path, params: Any) -> Any:
-    """Returns the wrapped tree with its trainable leaves read from a file of `save_adapter`.
-
-    Raises:
-      AdapterError: if the file can't be read, or its names or shapes are not those of the tree's trainable leaves.
-    """
-    trainable, frozen = jlora.partition(params)
-    expected = {leaf_name(keys): leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(trainable)}
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is no safetensors file: {error}") from error
-    found = {name: leaf.shape for name, leaf in stored.items()}
-    if found != expected:
-        name = min(name for name in expected | found if expected.get(name) != found.get(name))
-        raise AdapterError(
-            f"{path} does not fit this model: {name} is {found.get(name, 'absent')} in the file and "
-            f"{expected.get(name, 'absent')} in the model; was it trained with another --rank?"
-        )
-    stored_at = jax.tree_util.tree_map_with_path(lambda keys, _: jnp.asarray(stored[leaf_name(keys)]), trainable)
-    return jlora.combine(stored_at, frozen)
-
-
-def leaf_name(keys: tuple) -> str:
-    """Returns a leaf's path as `a/b/c`."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
+    """An adapter that does not fit the model."""
 
 
 def written_aside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -239,7 +222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rank", metavar="N", type=count(1, MiniLM.width), default=8, help="rank of the adapters (%(default)s)")
     add("--lr", metavar="RATE", type=float, default=2e-3, help="peak learning rate (%(default)s)")
     add("--seed", metavar="N", type=count(0), default=0, help="of the adapters and the order of batches (%(default)s)")
-    add("--resume", type=Path, metavar="FILE", help="start from this adapter; with --steps 0, only measure it")
+    add("--resume", type=Path, metavar="DIR", help="start from this adapter; with --steps 0, only measure it")
     args = parser.parse_args(argv)
     args.train, args.held_out, args.subset = (480, 256, 64) if args.quick else (2_000, 1_000, 192)
     if args.steps is None:

@@ -105,27 +105,32 @@ def test_learning_rate(steps):
     assert steps < 30 or max(rates) == pytest.approx(1e-3, rel=0.1)
 
 
-def test_adapter_files_round_trip(params, tmp_path):
-    path = tmp_path / "adapter.safetensors"
+def test_an_adapter_is_resumed_from_its_files(params, tmp_path):
     changed = jax.tree.map(lambda leaf: leaf + 1, params)
-    sentiment.save_adapter(path, changed)
-    loaded = sentiment.load_adapter(path, params)
+    jlora.peft.save(tmp_path / "adapter", changed, names=sentiment.NAMES)
+    plain = jax.tree.map(np.zeros_like, jlora.unwrap(params))
+    plain["encoder"] = jlora.unwrap(params)["encoder"]
+    loaded = sentiment.adapt(plain, settings("--resume", str(tmp_path / "adapter")))
     jax.tree.map(np.testing.assert_array_equal, jlora.partition(loaded)[0], jlora.partition(changed)[0])
     jax.tree.map(np.testing.assert_array_equal, jlora.partition(loaded)[1], jlora.partition(params)[1])
-    names = set(load_file(path))
-    assert {"encoder/layer_0/attention/query/kernel/lora_a", "encoder/layer_1/output/kernel/lora_b"} < names
-    assert len(names) == 2 * 6 * 2 + 2 and not any("words" in name for name in names)
-    assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
 
 
 def test_an_adapter_that_does_not_fit(params, tmp_path):
-    sentiment.save_adapter(tmp_path / "adapter", params)
-    other = jlora.wrap(jlora.unwrap(params), jlora.LoraSpec(rank=3, train=("head",)))
-    with pytest.raises(sentiment.AdapterError, match=r"lora_a is \(8, 2\) in the file and \(8, 3\) in the model"):
-        sentiment.load_adapter(tmp_path / "adapter", other)
-    (tmp_path / "text").write_text("not an adapter")
-    with pytest.raises(sentiment.AdapterError, match="no safetensors file"):
-        sentiment.load_adapter(tmp_path / "text", params)
+    jlora.peft.save(tmp_path / "adapter", params, names=sentiment.NAMES)
+    wider = Classifier(MiniLM(vocab=50, positions=16, width=16, heads=2, hidden=12, layers=2))
+    plain = wider.init(jax.random.key(0), np.ones((1, 8), np.int32), np.ones((1, 8), bool))["params"]
+    with pytest.raises(sentiment.AdapterError, match="do not fit encoder/layer_0"):
+        sentiment.adapt(plain, settings("--resume", str(tmp_path / "adapter")))
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_text("no adapter")
+    with pytest.raises(sentiment.AdapterError, match="safetensors"):
+        sentiment.adapt(jlora.unwrap(params), settings("--resume", str(tmp_path / "adapter")))
+
+
+def test_the_merged_model_is_read_back_as_it_was(params, tmp_path):
+    changed = jax.tree.map(lambda leaf: leaf + 1, params)
+    jax.tree.map(np.testing.assert_array_equal, sentiment.export(tmp_path, changed), jlora.merge(changed))
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {"bert.encoder.layer.1.attention.self.query.weight", "classifier.bias"} < names
 
 
 def test_a_failed_write_keeps_the_file_that_was(tmp_path):
@@ -200,9 +205,9 @@ def test_quick_run_end_to_end(tmp_path, downloads):
     assert "predictions identical on 256/256 held-out sentences" in done.stdout
     assert re.search(r"^(positive|negative) +\d+\.\d%  A triumph\.$", done.stdout, re.M)
     out = tmp_path / "runs" / "sentiment"
-    assert {path.name for path in out.iterdir()} == {"adapter.safetensors", "curves.png"}
+    assert {path.name for path in out.iterdir()} == {"adapter", "merged", "curves.png"}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "adapter.safetensors").stat().st_size < 1.5e6
+    assert (out / "adapter" / "adapter_model.safetensors").stat().st_size < 1.5e6
 
 
 @pytest.mark.slow
@@ -224,14 +229,13 @@ def test_ctrl_c_saves_a_loadable_adapter(tmp_path, downloads):
     finally:
         run.kill()
     assert run.returncode == 130
-    assert re.search(r"stopped after \d+ of 30 steps; the adapter so far is in here/adapter\.safetensors", out)
+    assert re.search(r"stopped after \d+ of 30 steps; the adapter so far is in here/adapter", out)
     assert "Traceback" not in log.read_text()
     tree = {
         "encoder": load_params(fetch(MINILM)),
         "head": {"kernel": np.zeros((384, 2), np.float32), "bias": np.zeros(2, np.float32)},
     }
-    fresh = jlora.wrap(tree, jlora.LoraSpec(rank=8, train=("head",)))
-    loaded = sentiment.load_adapter(tmp_path / "here" / "adapter.safetensors", fresh)
+    loaded = sentiment.adapt(tree, settings("--resume", str(tmp_path / "here" / "adapter")))
     assert optax.tree.norm(loaded["encoder"]["layer_0"]["output"]["kernel"].lora_b) > 0
 
 
