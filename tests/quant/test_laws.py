@@ -14,7 +14,7 @@ from tests.support import error, exactly, randomised, same_bits, spec_of
 from tests.test_laws import ILL_CONDITIONED, value_and_grad_of, value_of
 
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
-MARKS = [() if i % 4 == 0 else pytest.mark.slow for i in range(len(ZOO))]
+MARKS = [() if i % 8 == 0 else pytest.mark.slow for i in range(len(ZOO))]
 every_program = pytest.mark.parametrize(
     "program", [pytest.param(p, marks=mark, id=p.name) for p, mark in zip(ZOO.values(), MARKS, strict=True)]
 )

@@ -24,9 +24,8 @@ CORE = ("dense", "stacked", "conv", "embedding", "ragged")
 
 def marked(kind, use, *more, slow=False):
     """A case, slow where another variant has the same parts, or another use the same rule."""
-    return pytest.param(
-        kind, use, *more, marks=[pytest.mark.slow] if slow or (kind not in ROLES and use not in CORE) else []
-    )
+    quick = use == "dense" or (kind in ROLES and use in CORE)
+    return pytest.param(kind, use, *more, marks=[] if quick and not slow else [pytest.mark.slow])
 
 
 every_pair = pytest.mark.parametrize("kind, use", [marked(*pair) for pair in PAIRS])
