@@ -126,18 +126,55 @@ def test_columns_are_aligned():
         assert all(row[place - 1] == " " and row[place] != " " for row in rows)
 
 
-def test_html_holds_each_cell():
-    table = jlora.summary(jlora.wrap(PLAIN, SPEC))
-    page = Page(table._repr_html_())
-    assert page.texts == [*table.header, *table.rows[0], *table.footer]
-    assert (page.tags.count("tr"), page.tags.count("th"), page.tags.count("td")) == (2, 6, 6)
+@pytest.mark.parametrize("names", [("a" * 300,), tuple("abcdefgh" * 30), ("слой_" * 40, "ядро")])
+@pytest.mark.parametrize("shape", [(4, 4), (1,) * 30])
+def test_text_fits_80_columns(names, shape):
+    """The ends of what is too long are there, and all of it in the rows."""
+    tree = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    axes = {"*kernel": jlora.Axes(tuple(range(len(shape) - 1)), (len(shape) - 1,))}
+    tree["kernel"] = jnp.ones(shape)
+    for name in reversed(names):
+        tree = {name: tree}
+    wrapped = jlora.wrap(tree, jlora.LoraSpec(targets="kernel", rank=1, axes=axes))
+    table = jlora.summary(wrapped)
+    lines = str(table).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    assert lines[1].startswith(names[0][:5]) and "kernel" in lines[1]
+    assert table.rows[0][:2] == ("/".join([*names, "kernel"]), str(shape))
 
 
-def test_html_escapes_paths():
-    name = "<script>alert('&')</script>"
+def test_html_is_a_tree_of_all_leaves():
+    page = Page(jlora.summary(jlora.wrap(PLAIN, SPEC))._repr_html_())
+    assert {"norm", "scale", "up", "bias", "kernel", "(64, 32)", "lora", "rank 4", "scale 2", "384 train"} <= set(
+        page.texts
+    )
+    assert {"384 of 2,464 train", "64 frozen"} <= set(page.texts)
+    assert "trainable 384 of 2,528, 15.19%; 1.5 KiB of 9.9 KiB" in page.texts
+    assert page.tags.count("details") == 2 and "script" not in page.tags
+
+
+def test_html_shows_alike_layers_once():
+    layers = {f"layer_{i}": {"kernel": jnp.ones((4, 4))} for i in range(12)}
+    layers["layer_5"] = {"kernel": jnp.ones((4, 8))}
+    texts = Page(jlora.summary(jlora.wrap({"net": layers}, jlora.LoraSpec(rank=1)))._repr_html_()).texts
+    assert {"layer_0-4,6-11", "11x", "layer_5"} <= set(texts)
+    assert texts.count("kernel") == 2
+
+
+def test_html_of_a_large_tree_is_small():
+    layer = {f"w{i}": {"kernel": SHAPE((8192, 8192), jnp.bfloat16)} for i in range(12)}
+    wrapped = jlora.wrap({f"layer_{i}": layer for i in range(80)}, SPEC)
+    assert len(jlora.summary(wrapped)._repr_html_()) < 10_000
+    unlike = {
+        f"layer_{i}": {f"w{j}": {"kernel": SHAPE((i + 9, j + 9), jnp.float32)} for j in range(12)} for i in range(80)
+    }
+    assert len(jlora.summary(jlora.wrap(unlike, SPEC))._repr_html_()) < 400_000
+
+
+def test_html_escapes_names():
+    name = "<script>alert('&')<script>"
     page = Page(jlora.summary(jlora.wrap({name: {"kernel": jnp.ones((4, 4))}}, jlora.LoraSpec(rank=1)))._repr_html_())
-    assert "script" not in page.tags
-    assert f"{name}/kernel" in "".join(page.texts)
+    assert "script" not in page.tags and name in page.texts
 
 
 def test_summary_with_functions_among_the_leaves():
@@ -219,11 +256,12 @@ def test_bytes_of_a_dense_use_show():
 
 def test_footer():
     table = jlora.explain(squashed, *wide())
-    uses, flops, moved = table.footer
+    uses, flops, moved, trained = table.footer
     assert uses == "2 uses: 1 factored, 1 dense"
     ratio = table.flops[0] / table.flops[1]
     assert flops == f"forward FLOPs: {table.flops[0] / 1e6:.1f}M, {ratio:.3f}x of the plain model's"
     assert moved.startswith("forward bytes: ") and moved.endswith("x of the plain model's")
+    assert trained == jlora.summary(wide()[0]).footer[0] and "%" in trained
 
 
 def test_explain_takes_a_models_arguments():
@@ -293,15 +331,19 @@ def test_explain_runs_nothing():
 
 def test_explanation_in_html():
     table = jlora.explain(squashed, *wide())
-    page = Page(table._repr_html_())
-    assert page.tags.count("tr") == 3 and page.tags.count("br") == 2
-    assert "512, 1024" in "".join(page.texts)
+    texts = Page(table._repr_html_()).texts
+    assert {"up", "down", "factored", "dense", "dot_general", "(512, 1024)", *table.footer} <= set(texts)
+    assert table.uses[0].reason in texts
 
 
 def test_explanation_as_text():
-    lines = str(jlora.explain(squashed, *wide())).splitlines()
-    assert len(lines) == 1 + 2 + 3
-    assert repr(jlora.explain(squashed, *wide())).splitlines() == lines
+    """The reason of a dense use is whole, below its row."""
+    table = jlora.explain(squashed, *wide())
+    lines = str(table).splitlines()
+    assert max(map(len, lines)) <= 80 and repr(table) == str(table)
+    assert lines[1].split()[:5] == ["up", "(512,", "1024)", "other", "dense"]
+    assert lines[2].startswith("    tanh: ")
+    assert " ".join("\n".join(lines).split()).count(table.uses[0].reason) == 1
 
 
 @pytest.mark.parametrize("tree", [PLAIN, {}, jnp.ones(3)], ids=["plain", "empty", "array"])

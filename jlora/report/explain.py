@@ -1,11 +1,9 @@
-"""Tables of a wrapped tree, in text and in a notebook's HTML: `summary` and `explain`."""
+"""How each use of an adapted kernel is computed, and why."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,34 +14,10 @@ from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.nodes import is_node
 from jlora.paths import flatten, split_arrays
-from jlora.qarray import is_qarray, nbits
-from jlora.tree import TRAINABLE, has_nodes, labels, unwrap
-
-MAX_ROWS = 200
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows under a header, and lines that sum them up; prints as text, shows as HTML in a notebook."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    footer: tuple[str, ...]
-
-    def __str__(self) -> str:
-        shown = [self.header, *self.rows[:MAX_ROWS]]
-        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in shown]
-        left = len(self.rows) - MAX_ROWS
-        return "\n".join([*lines, *([f"... {left} more rows"] if left > 0 else []), *self.footer])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        cells = lambda tag, row: "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in row)
-        body = "".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        footer = "<br>".join(html.escape(line) for line in self.footer)
-        return f"<table><thead><tr>{cells('th', self.header)}</tr></thead><tbody>{body}</tbody></table><p>{footer}</p>"
+from jlora.report.html import Item, page
+from jlora.report.text import Table
+from jlora.report.totals import Totals, in_bytes, short
+from jlora.tree import has_nodes, unwrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,49 +41,28 @@ class Explanation(Table):
       uses: every use of every adapted kernel.
       flops: of the forward pass, adapted and plain; None where XLA tells none.
       bytes_accessed: likewise.
+      percent: of the tree's parameters, that train.
     """
 
     uses: tuple[Use, ...] = ()
     flops: tuple[float, float] | None = None
     bytes_accessed: tuple[float, float] | None = None
+    percent: float = 0.0
+
+    def _text(self) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]], Sequence[str]]:
+        """Without the primitives, which stand before the reasons of dense uses below their rows."""
+        narrow = lambda row: (*row[:4], row[5].partition(" (")[0])
+        whys = ["" if use.factored else f"{use.primitive}: {use.reason}" for use in self.uses]
+        return narrow(self.header), [narrow(row) for row in self.rows], whys
+
+    def _repr_html_(self) -> str:
+        return page([_item(use) for use in self.uses], self.footer, self.percent)
 
 
-def summary(tree: Any) -> Table:
-    """What of a wrapped tree is adapted and what trains: shapes, ranks, parameters, percent.
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> params = {"dense": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)}}
-      >>> jlora.summary(jlora.wrap(params, jlora.LoraSpec(rank=2)))
-      path          shape     adapter  rank  scale  trainable
-      dense/kernel  (64, 32)  lora     2     8      192
-      trainable 192 of 2,272, 8.45%; 768 B of 8.9 KiB
-    """
-    paths, leaves, _ = flatten(tree, is_node)
-    for path, leaf in zip(paths, leaves, strict=True):
-        if is_node(leaf):
-            check_whole("summary", path, leaf)
-    rows = [_summary_row(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]
-    arrays = [x for x in jax.tree.leaves(tree, is_leaf=is_qarray) if hasattr(x, "dtype")]
-    trained = [x for x, mark in zip(*map(jax.tree.leaves, (tree, labels(tree))), strict=True) if mark == TRAINABLE]
-    count, all_ = sum(map(_size, trained)), sum(map(_size, arrays))
-    percent = f"{100 * count / max(all_, 1):.2f}%"
-    total = (
-        f"trainable {count:,} of {_short(all_)}, {percent}; "
-        f"{_bytes(sum(map(nbits, trained)) / 8)} of {_bytes(sum(map(nbits, arrays)) / 8)}"
-    )
-    quantised = [x for x in arrays if is_qarray(x)]
-    bits = sum(map(nbits, quantised)) / max(sum(map(_size, quantised)), 1)
-    footer = (total, f"quantised: {len(quantised)} leaves, {bits:.2f} bits a weight") if quantised else (total,)
-    return Table(("path", "shape", "adapter", "rank", "scale", "trainable"), tuple(rows), footer)
-
-
-def _summary_row(path: str, node: Any) -> tuple[str, ...]:
-    trained = jax.tree.leaves(jax.tree.map(lambda x, m: _size(x) if m == TRAINABLE else 0, node, labels(node)))
-    settings = node.settings
-    name = type(node).__name__.removesuffix("Param").lower().replace("trainable", "in full")
-    rank, scale = str(settings.get("rank", "")), f"{settings['scaling']:g}" if "scaling" in settings else ""
-    return path, str(tuple(node.shape)), name, rank, scale, f"{sum(trained):,}"
+def _item(use: Use) -> Item:
+    mark = "factored" if use.factored else "dense"
+    facts = (str(use.shape), use.kind, use.primitive, f"at {_tail(use.source)}" if use.source else "")
+    return Item(use.path, mark, mark, facts, why=use.reason)
 
 
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -165,7 +118,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
         return _arrays_only(run_on_wrapped(fn, silent, None, True, False, unwrap(tree), *args, **kwargs))
 
     jax.eval_shape(adapted, arrays)
-    return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays))
+    return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), Totals.of(tree))
 
 
 def _arrays_only(tree: Any) -> list[Any]:
@@ -176,7 +129,9 @@ def _cost(fn: Callable[..., Any], arrays: list[Any]) -> dict[str, float]:
     return jax.jit(fn).lower(arrays).cost_analysis() or {}
 
 
-def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str, float]) -> Explanation:
+def _explained(
+    uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str, float], totals: Totals
+) -> Explanation:
     pair = lambda name: (adapted[name], plain[name]) if name in adapted and name in plain else None
     flops, moved = pair("flops"), pair("bytes accessed")
     rows = tuple(
@@ -185,33 +140,13 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
     )
     dense = sum(not use.factored for use in uses)
     footer = [f"{len(uses)} {'use' if len(uses) == 1 else 'uses'}: {len(uses) - dense} factored, {dense} dense"]
-    for name, values, show in (("FLOPs", flops, lambda n: _short(n, "G")), ("bytes", moved, _bytes)):
+    for name, values, show in (("FLOPs", flops, lambda n: short(n, "G")), ("bytes", moved, in_bytes)):
         if values:
             ratio = values[0] / max(values[1], 1)
             footer.append(f"forward {name}: {show(values[0])}, {ratio:.3f}x of the plain model's")
     header = ("path", "shape", "kind", "computed", "by", "at")
-    return Explanation(header, rows, tuple(footer), uses, flops, moved)
+    return Explanation(header, rows, (*footer, *totals.lines()), uses, flops, moved, totals.percent)
 
 
 def _tail(source: str) -> str:
     return source.rpartition("/")[2]
-
-
-def _size(x: Any) -> int:
-    return math.prod(x.shape)
-
-
-def _short(n: float, giga: str = "B") -> str:
-    """A count: of parameters, whose thousand millions are B, or of FLOPs, whose are G."""
-    for unit, size in (("T", 1e12), (giga, 1e9), ("M", 1e6)):
-        if n >= size:
-            return f"{n / size:.1f}{unit}"
-    return f"{int(n):,}"
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
