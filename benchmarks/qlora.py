@@ -2,7 +2,7 @@
 
     python benchmarks/qlora.py                          every base that the file of results lacks
     python benchmarks/qlora.py --rows dense nf4         these
-    python benchmarks/qlora.py --rows dense nf4 "nf4, QPiSSA" --steps 160 --json benchmarks/qlora_160.json
+    python benchmarks/qlora.py --rows dense nf4 "nf4, QPiSSA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
     python benchmarks/qlora.py --rows                   prints the table of what is there
     python benchmarks/qlora.py --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
 
@@ -149,19 +149,21 @@ def main() -> None:
         help=f"of {', '.join(map(repr, BASES))} (those not yet there)",
     )
     add("--steps", type=int, default=40)
+    add("--rank", type=int, default=8)
     add("--held-out", type=int, help="held-out windows (all)")
     add("--rounds", type=int, default=5, help="of timing (%(default)s)")
     add("--noise", type=float, metavar="SIZE", help="over the norm of the kernels, as that of nf4's error")
     add("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     given = parser.parse_args()
-    settings = {"steps": given.steps, "held_out": given.held_out, "jax": jax.__version__}
+    settings = {"steps": given.steps, "rank": given.rank, "held_out": given.held_out, "jax": jax.__version__}
     rows = known(given.json, settings)
     todo = [name for name in BASES if name not in rows] if given.rows is None else given.rows
     if todo or given.noise:
         folder = fetch(SMOLLM2)
         weights, (train_set, held_out) = load_params(folder), data(folder)
         held_out = held_out[: given.held_out]
-        args = {name: hamlet.parse(["--steps", str(given.steps), *flags]) for name, flags in BASES.items()}
+        asked = ["--steps", str(given.steps), "--rank", str(given.rank)]
+        args = {name: hamlet.parse([*asked, *flags]) for name, flags in BASES.items()}
         start = lambda name: begun(name, weights, args[name])
     for name in todo:
         row = cost(name, start, train_set[: hamlet.BATCH], given.rounds, args[name])
