@@ -16,7 +16,7 @@ from jlora.paths import matcher, module_of
 from jlora.spec import LoraSpec
 
 KERNELS, EMBEDDINGS = ("kernel", "w"), ("embedding", "embeddings")
-OUTPUT_LAYERS = ("lm_head", "embed_out")
+OUTPUT_LAYERS = ("lm_head", "embed_out", "logits_dense")
 Sites = Mapping[str, Site]
 
 

@@ -84,6 +84,12 @@ def test_targets(targets, expected):
     assert adapted(targets=targets) == expected
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_out", "logits_dense"])
+def test_all_linear_leaves_out_output_layers(name):
+    params = {"decoder": {name: {"kernel": normal(6, 7)}, "mlp": {"kernel": normal(6, 6)}}}
+    assert set(nodes(wrap(params, spec()))) == {"decoder/mlp/kernel"}
+
+
 def test_leaves_that_are_no_targets_stay_the_same_objects():
     wrapped = wrap(PARAMS, spec(targets="mlp"))
     assert wrapped["embed"]["embedding"] is PARAMS["embed"]["embedding"]
