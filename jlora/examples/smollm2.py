@@ -284,8 +284,16 @@ def mean_loss(model: SmolLM2, params: Any, ids: jax.Array) -> jax.Array:
     return jax.lax.map(loss, ids).mean()
 
 
-def generate(params: Any, tokenizer: Tokenizer, prompt: str, tokens: int = 48, model: SmolLM2 = PRETRAINED) -> str:
-    """Returns the continuation of a prompt by the likeliest token each time, under plain or wrapped parameters.
+def generate(
+    params: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int = 48,
+    model: SmolLM2 = PRETRAINED,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Returns the continuation of a prompt, under plain or wrapped parameters: sampled, or at 0 the likeliest tokens.
 
     It ends at `END` or after `tokens` tokens.
     """
@@ -294,20 +302,26 @@ def generate(params: Any, tokenizer: Tokenizer, prompt: str, tokens: int = 48, m
     size = -(-(len(known) + tokens) // 64) * 64
     buffer = np.pad(np.array(known, np.int32), (0, size - len(known)))
     last = len(known) + tokens - 1
-    filled, at = greedy(model, params, buffer, len(known), last, tokenizer.token_to_id(END))
+    end, key = tokenizer.token_to_id(END), jax.random.key(seed)
+    filled, at = continued(model, params, buffer, len(known), last, end, temperature, key)
     return tokenizer.decode(np.asarray(filled[len(known) : int(at) + 1]).tolist())
 
 
 @partial(jax.jit, static_argnums=0)
-def greedy(
-    model: SmolLM2, params: Any, buffer: jax.Array, known: int, last: int, end: int
+def continued(
+    model: SmolLM2, params: Any, buffer: jax.Array, known: int, last: int, end: int, temperature: float, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns `buffer` (size,) filled after its `known` tokens, up to `end` or position `last`, and where it ended."""
+    """Returns `buffer` (size,) filled after its `known` tokens, up to `end` or position `last`, and where it ended.
+
+    A logit plus Gumbel noise is the largest as often as the softmax says.
+    """
 
     def step(state: tuple) -> tuple:
         buffer, cache, at = state
         logits, cache = jlora.apply(model.apply)({"params": params}, buffer[None, at][None], cache, at)
-        following = jnp.where(at + 1 < known, buffer[at + 1], logits[0, 0].argmax())
+        noise = temperature * jax.random.gumbel(jax.random.fold_in(key, at), (model.vocab,))
+        likeliest = (logits[0, 0].astype(jnp.float32) + noise).argmax()
+        following = jnp.where(at + 1 < known, buffer[at + 1], likeliest)
         return buffer.at[at + 1].set(following), cache, at + 1
 
     def unfinished(state: tuple) -> jax.Array:

@@ -84,13 +84,13 @@ def learning_rate(peak: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1))
 
 
-def batches(data: Data, steps: int, seed: int) -> Iterator[Data]:
-    """Yields `steps` batches, in a new order each epoch; an epoch's last rows that fill no batch are left out."""
+def batches(data: Data, steps: int, seed: int, size: int = BATCH) -> Iterator[Data]:
+    """Yields `steps` batches of `size` rows, in a new order each epoch, whose last rows, if too few, are left out."""
     rng, rows = np.random.default_rng(seed), np.empty(0, int)
     for _ in range(steps):
-        if len(rows) < BATCH:
+        if len(rows) < size:
             rows = rng.permutation(len(data["labels"]))
-        batch, rows = rows[:BATCH], rows[BATCH:]
+        batch, rows = rows[:size], rows[size:]
         yield {name: values[batch] for name, values in data.items()}
 
 

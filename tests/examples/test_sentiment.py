@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jlora
-from jlora.examples import plots, sentiment, training
+from jlora.examples import plots, probe, sentiment, training
 from jlora.examples.fetch import MINILM, MOVIES, FetchError, fetch
 from jlora.examples.minilm import Classifier, MiniLM, load_params
 
@@ -158,7 +158,7 @@ def test_movie_sentences(tmp_path):
 def test_the_probe_separates_what_is_separable():
     x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     labels = (x[:, 2] > 0.3).astype(np.int32)
-    head = sentiment.fit_logistic(x, labels, 1e-2)
+    head = probe.fit_probe(x, labels, classes=2)
     assert ((x @ head["kernel"] + head["bias"]).argmax(-1) == labels).mean() > 0.95
 
 

@@ -172,9 +172,10 @@ def test_helpers_take_wrapped_trees(wrapped):
 # ---------------------------------------------------------------- perplexity and generation
 
 
-def filled(params, prompt, last, end=-1):
+def filled(params, prompt, last, end=-1, temperature=0.0, seed=0):
     buffer = np.pad(np.array(prompt, np.int32), (0, 16 - len(prompt)))
-    tokens, at = smollm2.greedy(TINY, params, buffer, len(prompt), last, end)
+    key = jax.random.key(seed)
+    tokens, at = smollm2.continued(TINY, params, buffer, len(prompt), last, end, temperature, key)
     return np.asarray(tokens), int(at)
 
 
@@ -207,11 +208,18 @@ def test_generation_ends_at_the_end_token_but_not_in_the_prompt(params):
     assert filled(params, [5, 0, 17], 12, 5)[1] > 2
 
 
+def test_samples_come_as_often_as_the_softmax_says(params):
+    logits = np.asarray(TINY.apply({"params": params}, np.array([[5, 0]]))[0, -1], np.float64)
+    expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
+    drawn = np.array([filled(params, [5, 0], 2, temperature=2.0, seed=seed)[0][2] for seed in range(400)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=40) / 400, expected, atol=4 * 0.5 / 20)
+
+
 def test_a_step_is_compiled_once_for_all_prompts(params):
     filled(params, [1], 9)
-    size = smollm2.greedy._cache_size()
+    size = smollm2.continued._cache_size()
     filled(params, [4, 5, 6], 11, end=3)
-    assert smollm2.greedy._cache_size() == size
+    assert smollm2.continued._cache_size() == size
 
 
 # ---------------------------------------------------------------- GGUF
