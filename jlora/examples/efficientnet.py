@@ -65,11 +65,9 @@ class Depthwise(nn.Module):
         pads = jax.lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
         rows, columns = (n - size + 1 for n in x.shape[1:3])
-        return sum(
-            x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
-            for i in range(size)
-            for j in range(size)
-        )
+        shifted = lambda i, j: x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j, 0]
+        first, *more = (shifted(i, j) for i in range(size) for j in range(size))
+        return sum(more, first)
 
 
 def norm(name: str) -> nn.BatchNorm:
