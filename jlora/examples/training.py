@@ -85,7 +85,7 @@ def learning_rate(peak: float, steps: int) -> optax.Schedule:
 
 
 def batches(data: Data, steps: int, seed: int, size: int = BATCH) -> Iterator[Data]:
-    """Yields `steps` batches of `size` rows, in a new order each epoch; an epoch's last rows that fill no batch are left out."""
+    """Yields `steps` batches of `size` rows, in a new order each epoch, whose last rows, if too few, are left out."""
     rng, rows = np.random.default_rng(seed), np.empty(0, int)
     for _ in range(steps):
         if len(rows) < size:

@@ -1,4 +1,4 @@
-"""Tests of the EfficientNet port: shapes, blocks and sites on random weights; the pretrained model on two photographs."""
+"""Tests of the EfficientNet port: shapes and sites on random weights, the pretrained model on two photographs."""
 
 import flax.linen as nn
 import jax
@@ -114,6 +114,16 @@ def test_enlarged():
     assert images.shape == (1, 32, 32, 3) and images.min() == -1 and images.max() <= 1
     np.testing.assert_allclose(images[..., 0], images[..., 2])
     assert images[0, 2, 2, 0] > 0.4 > -0.9 > images[0, 2, 28, 0]
+
+
+def test_shifted_moves_the_whole_image_and_fills_with_black():
+    images = np.full((20, 8, 8, 3), -1, np.float32)
+    images[:, 3, 4] = 1
+    moved = digits.shifted(images, seed=0, most=3)
+    assert moved.shape == images.shape
+    np.testing.assert_array_equal(np.sort(moved.reshape(20, -1)), np.sort(images.reshape(20, -1)))
+    places = np.argwhere(moved[..., 0] == 1)[:, 1:]
+    assert len({*map(tuple, places)}) > 5 and (abs(places - (3, 4)) <= 3).all()
 
 
 @pytest.mark.slow
