@@ -82,9 +82,9 @@ def draw_tokens(
             column += 1
             if letter == "\n" or column == columns:
                 rows, column = rows + 1, 0
-    ground = np.full((rows + 1, columns), np.nan)
+    ground = np.full((rows + 1, 1 + max(place[1] for place in places)), np.nan)
     for row, column, letter, value in places:
         ground[row, column] = value
         axes.text(column, row, letter, family="monospace", fontsize=9, ha="center", va="center")
     axes.axis("off")
-    return axes.imshow(ground, cmap="BrBG", vmin=-limit, vmax=limit, alpha=0.75, aspect="auto")
+    return axes.imshow(ground, cmap="BrBG", vmin=-limit, vmax=limit, alpha=0.6, aspect="auto")

@@ -116,6 +116,16 @@ def test_enlarged():
     assert images[0, 2, 2, 0] > 0.4 > -0.9 > images[0, 2, 28, 0]
 
 
+def test_shifted_moves_the_whole_image_and_fills_with_black():
+    images = np.full((20, 8, 8, 3), -1, np.float32)
+    images[:, 3, 4] = 1
+    moved = digits.shifted(images, seed=0, most=3)
+    assert moved.shape == images.shape
+    np.testing.assert_array_equal(np.sort(moved.reshape(20, -1)), np.sort(images.reshape(20, -1)))
+    places = np.argwhere(moved[..., 0] == 1)[:, 1:]
+    assert len({*map(tuple, places)}) > 5 and (abs(places - (3, 4)) <= 3).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("photo, expected", [("flower.jpg", 985), ("china.jpg", 442)])
 def test_the_pretrained_model_knows_the_photographs(photo, expected):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 import jlora
@@ -184,6 +185,17 @@ def test_curves_are_drawn(tmp_path, steps):
     history = training.History(values, values, [(steps, 0.8)] if steps > 1 else [])
     plots.save_curves(tmp_path / "curves.png", history, probe=0.77, final=0.85)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tokens_are_drawn_letter_by_letter_on_their_values():
+    axes = Figure().subplots()
+    picture = plots.draw_tokens(axes, ["To", " be", "\n", "or"], [1, -2, 0, 3], limit=3, columns=8)
+    nan = np.nan
+    expected = [[1, 1, -2, -2, -2, 0], [3, 3, nan, nan, nan, nan]]
+    np.testing.assert_array_equal(np.ma.filled(picture.get_array(), nan), expected)
+    assert "".join(text.get_text() for text in axes.texts) == "To be↵or"
+    broken = plots.draw_tokens(axes, ["abcde"], [1], limit=3, columns=2)
+    assert broken.get_array().shape == (3, 2)
 
 
 def test_offline_is_one_paragraph_and_no_traceback(tmp_path):
