@@ -171,6 +171,12 @@ def test_html_of_a_large_tree_is_small():
     assert len(jlora.summary(jlora.wrap(unlike, SPEC))._repr_html_()) < 400_000
 
 
+def test_html_has_a_leaf_whose_name_is_a_modules_too():
+    tree = {"a": jnp.ones(3), "a/b": jnp.ones(5), "kernel": jnp.ones((4, 4))}
+    texts = Page(jlora.summary(jlora.wrap(tree, jlora.LoraSpec(rank=1)))._repr_html_()).texts
+    assert texts.count("a") == 2 and {"(3,)", "b", "(5,)"} <= set(texts)
+
+
 def test_html_escapes_names():
     name = "<script>alert('&')<script>"
     page = Page(jlora.summary(jlora.wrap({name: {"kernel": jnp.ones((4, 4))}}, jlora.LoraSpec(rank=1)))._repr_html_())

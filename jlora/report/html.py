@@ -69,21 +69,21 @@ def page(items: Sequence[Item], lines: Iterable[str], percent: float) -> str:
 
 def _level(rows: Sequence[tuple[Sequence[str], Item]], depth: int, opened: bool) -> str:
     """Leaves and modules at this depth in their order, alike ones together."""
-    children: dict[str, list[tuple[Sequence[str], Item]]] = {}
-    for names, item in rows:
-        children.setdefault(names[depth], []).append((names, item))
-    bodies = [(name, _child(inside, depth, opened)) for name, inside in children.items()]
+    children: dict[tuple[str, bool], list[tuple[Sequence[str], Item]]] = {}
+    for names, item in rows:  # a name may be a leaf's and a module's too, as of {"a": x, "a/b": y}
+        children.setdefault((names[depth], len(names) == depth + 1), []).append((names, item))
+    bodies = [
+        (name, _leaf([item for _, item in inside]) if is_leaf else _module(inside, depth, opened))
+        for (name, is_leaf), inside in children.items()
+    ]
     alike: dict[tuple[str, tuple[str, str]], list[str]] = {}
     for name, body in bodies:
         alike.setdefault((re.sub(r"\d+", "#", name, count=1), body), []).append(name)
     return "".join(f"{before}{_title(names)}{after}" for (_, (before, after)), names in alike.items())
 
 
-def _child(rows: Sequence[tuple[Sequence[str], Item]], depth: int, opened: bool) -> tuple[str, str]:
-    """HTML before the name of a leaf or module, and after it."""
-    leaves = [item for names, item in rows if len(names) == depth + 1]
-    if leaves:
-        return _leaf(leaves)
+def _module(rows: Sequence[tuple[Sequence[str], Item]], depth: int, opened: bool) -> tuple[str, str]:
+    """HTML before the name of a module, and after it."""
     trained, all_ = sum(item.trained for _, item in rows), sum(item.all for _, item in rows)
     share = f"{short(trained)} of {short(all_)} train" if trained else f"{short(all_)} frozen"
     total = f' <span class="fact more">{share}</span>' if all_ else ""
@@ -92,7 +92,7 @@ def _child(rows: Sequence[tuple[Sequence[str], Item]], depth: int, opened: bool)
 
 
 def _leaf(items: Sequence[Item]) -> tuple[str, str]:
-    """A leaf; of one with several uses each has a line."""
+    """HTML before and after the name of a leaf; of one with several uses each has a line."""
     told = "<br>".join(map(_told, items))
     return f'<div class="leaf{"" if items[0].mark else " frozen"}">', f"{told}</div>"
 

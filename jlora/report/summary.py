@@ -13,7 +13,7 @@ from jlora.paths import flatten
 from jlora.qarray import is_qarray
 from jlora.report.html import Item, page
 from jlora.report.text import Table
-from jlora.report.totals import Totals, short, size
+from jlora.report.totals import Totals, size
 from jlora.tree import TRAINABLE, labels
 
 
@@ -46,11 +46,11 @@ def summary(tree: Any) -> Summary:
     for path, leaf in named:
         if is_node(leaf):
             check_whole("summary", path, leaf)
-    rows = [_row(path, leaf) for path, leaf in named if is_node(leaf)]
-    items = [_item(path, leaf) for path, leaf in named if hasattr(leaf, "shape")]
+    rows = {path: _row(path, leaf) for path, leaf in named if is_node(leaf)}
+    items = [_item(path, leaf, rows.get(path)) for path, leaf in named if hasattr(leaf, "shape")]
     totals = Totals.of(tree)
     header = ("path", "shape", "adapter", "rank", "scale", "trainable")
-    return Summary(header, tuple(rows), totals.lines(), tuple(items), totals.percent)
+    return Summary(header, tuple(rows.values()), totals.lines(), tuple(items), totals.percent)
 
 
 def _row(path: str, node: Any) -> tuple[str, ...]:
@@ -59,18 +59,14 @@ def _row(path: str, node: Any) -> tuple[str, ...]:
     return path, str(tuple(node.shape)), _kind(node), rank, scale, f"{_trained(node):,}"
 
 
-def _item(path: str, leaf: Any) -> Item:
-    facts = [str(tuple(leaf.shape))]
-    count = size(leaf)
-    if not is_node(leaf):
-        return Item(path, "", "", (*facts, _type(leaf)), 0, count)
-    _, _, kind, rank, scale, _ = _row(path, leaf)
-    facts += [_type(leaf.base), *([f"rank {rank}"] if rank else []), *([f"scale {scale}"] if scale else [])]
-    trained = _trained(leaf)
+def _item(path: str, leaf: Any, row: tuple[str, ...] | None) -> Item:
+    """A leaf of the page; of a wrapped one with what its row says."""
     whole = sum(size(x) for x in jax.tree.leaves(leaf, is_leaf=is_qarray))
-    return Item(
-        path, "whole" if kind == "in full" else "adapted", kind, (*facts, f"{short(trained)} train"), trained, whole
-    )
+    if row is None:
+        return Item(path, "", "", (str(tuple(leaf.shape)), _type(leaf)), all=whole)
+    _, shape, kind, rank, scale, trained = row
+    facts = (shape, _type(leaf.base), rank and f"rank {rank}", scale and f"scale {scale}", f"{trained} train")
+    return Item(path, "whole" if kind == "in full" else "adapted", kind, facts, _trained(leaf), whole)
 
 
 def _kind(node: Any) -> str:

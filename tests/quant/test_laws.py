@@ -14,9 +14,9 @@ from tests.support import error, exactly, randomised, same_bits, spec_of
 from tests.test_laws import ILL_CONDITIONED, value_and_grad_of, value_of
 
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
-some_programs = pytest.mark.parametrize(
+every_program = pytest.mark.parametrize(
     "program",
-    [pytest.param(p, marks=() if i % 8 == 0 else pytest.mark.slow, id=p.name) for i, p in enumerate(ZOO.values())][::2],
+    [pytest.param(p, marks=() if i % 8 == 0 else pytest.mark.slow, id=p.name) for i, p in enumerate(ZOO.values())],
 )
 FORMATS = [("nf4", False), ("int8", True), ("int4", False), ("fp8", True)]
 
@@ -31,7 +31,7 @@ def quantised(program, dtype="int8", double_quant=False):
     raise AssertionError(program.name)
 
 
-@some_programs
+@every_program
 def test_equivalence(program):
     """apply(f)(w) == f(merge(w)), values and gradients; the low-rank path is taken where it is on a dense base."""
     dtype, double_quant = FORMATS[len(program.name) % len(FORMATS)]
@@ -48,7 +48,7 @@ def test_equivalence(program):
     assert program.factored is None or program.factored == (not fell_back), fell_back
 
 
-@some_programs
+@every_program
 def test_without_adapters(program):
     """A quantised leaf that is not adapted is its numbers, and nothing is warned of."""
     params = quantised(program)
