@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 
 import jlora
+from jlora.report import Explanation, Summary, Use
+from jlora.report.groups import grouped, name_of, title
+from jlora.report.summary import Leaf
+from jlora.report.text import columns, printable
 from tests.support import adapted
 from tests.test_laws import ZOO
 
@@ -38,14 +44,18 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         self.tags.append(tag)
-        if tag != "br":
-            self.open.append(tag)
+        self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        if self.open[-1:] != ["style"]:
+            self.texts.append(data)
+
+    def text(self) -> str:
+        """The words, with one space between them."""
+        return " ".join(" ".join(self.texts).split())
 
 
 # -------------------------------------------------------------------------------- summary
@@ -109,8 +119,9 @@ def test_summary_of_a_plain_tree():
     assert table.rows == () and table.footer[0].startswith("trainable 0 of 2,144, 0.00%")
 
 
-def test_text_of_many_kernels_is_cut():
-    many = jlora.wrap({f"layer{i:03}": {"kernel": jnp.ones((4, 4))} for i in range(250)}, jlora.LoraSpec(rank=1))
+def test_text_of_many_unlike_kernels_is_cut():
+    shapes = {f"layer{i:03}": {"kernel": SHAPE((4, 4 + i), jnp.float32)} for i in range(250)}
+    many = jlora.wrap(shapes, jlora.LoraSpec(rank=1))
     lines = str(jlora.summary(many)).splitlines()
     assert len(lines) == 1 + 200 + 2
     assert lines[-2] == "... 50 more rows"
@@ -126,61 +137,191 @@ def test_columns_are_aligned():
         assert all(row[place - 1] == " " and row[place] != " " for row in rows)
 
 
-@pytest.mark.parametrize("names", [("a" * 300,), tuple("abcdefgh" * 30), ("слой_" * 40, "ядро")])
-@pytest.mark.parametrize("shape", [(4, 4), (1,) * 30])
-def test_text_fits_80_columns(names, shape):
-    """The ends of what is too long are there, and all of it in the rows."""
-    tree = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
-    axes = {"*kernel": jlora.Axes(tuple(range(len(shape) - 1)), (len(shape) - 1,))}
-    tree["kernel"] = jnp.ones(shape)
-    for name in reversed(names):
-        tree = {name: tree}
-    wrapped = jlora.wrap(tree, jlora.LoraSpec(targets="kernel", rank=1, axes=axes))
-    table = jlora.summary(wrapped)
-    lines = str(table).splitlines()
-    assert len(lines) == 3 and max(map(len, lines)) <= 80
-    assert lines[1].startswith(names[0][:5]) and "kernel" in lines[1]
-    assert table.rows[0][:2] == ("/".join([*names, "kernel"]), str(shape))
+def test_alike_layers_share_a_row():
+    """With what trains in all of them, so that a column adds up to the last line; `rows` has each."""
+    net = {f"layer_{i}": {"up": {"kernel": jnp.ones((8, 8))}, "down": {"kernel": jnp.ones((8, 8))}} for i in range(30)}
+    net["layer_7"] = {"up": {"kernel": jnp.ones((8, 4))}}
+    table = jlora.summary(jlora.wrap(net, jlora.LoraSpec(rank=1)))
+    _, *rows, total = str(table).splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        ["layer_{0..6,8..29}/down/kernel", "29x"],
+        ["layer_{0..6,8..29}/up/kernel", "29x"],
+        ["layer_7/up/kernel", "(8,"],
+    ]
+    assert [row.split()[-1] for row in rows] == ["464", "464", "12"] and total.startswith("trainable 940 of ")
+    assert len(table.rows) == 59 and sum(leaf.trained for leaf in table.leaves) == 940
+
+
+def test_layers_of_other_ranks_have_rows_of_their_own():
+    spec = jlora.LoraSpec(rank=1, overrides={"layer_1/kernel": {"rank": 2}})
+    table = jlora.summary(jlora.wrap({f"layer_{i}": {"kernel": jnp.ones((8, 8))} for i in range(3)}, spec))
+    paths = [line.split()[0] for line in str(table).splitlines()[1:-1]]
+    assert paths == ["layer_{0,2}/kernel", "layer_1/kernel"]
+
+
+def test_names_that_differ_in_two_numbers():
+    paths = [f"stage_{i}/block_{j}/w" for i in range(2) for j in range(4)]
+    ((name, count, _),) = grouped((name_of(path), 1, None) for path in paths)
+    assert (title(name), count) == ("stage_{0,1}/block_{0..3}/w", 8)
+    some = grouped((name_of(path), 1, None) for path in paths[:-1])
+    assert [(title(name), count) for name, count, _ in some] == [
+        ("stage_{0,1}/block_{0..2}/w", 6),
+        ("stage_0/block_3/w", 1),
+    ]
+
+
+def test_many_runs_of_numbers_are_cut():
+    ((name, count, _),) = grouped((name_of(f"w{i}"), 1, None) for i in range(0, 40, 2))
+    assert (title(name), count) == ("w{0,2,4,…,38}", 20)
+
+
+def test_numbers_keep_their_zeros_and_their_length():
+    found = grouped((name_of(f"w{i:03}"), 1, None) for i in range(12))
+    assert [title(name) for name, *_ in found] == ["w{000..011}"]
+    assert title(name_of("9" * 5000)) == "9" * 5000
+
+
+ODD = [
+    "<script>alert('&')</script>",
+    "слой_" * 60,
+    "層" * 100,
+    "a" * 300,
+    "two\nlines\tand\x1b[31m",
+    "\u202eabc",
+    "e\u0301" * 50,
+]
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_odd_names_fit_and_are_escaped(name):
+    tree = {
+        name: {"inner": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}},
+        f"{name}2": {"kernel": jnp.ones((4, 4))},
+    }
+    wrapped = jlora.wrap(tree, jlora.LoraSpec(rank=1))
+    forward = lambda p, x: jnp.tanh(p[name]["inner"]["kernel"]) @ x @ p[f"{name}2"]["kernel"]
+    for table in (jlora.summary(wrapped), jlora.explain(forward, wrapped, jnp.ones((4, 4)))):
+        check_text(table)
+        page = Page(table._repr_html_().encode().decode())
+        assert {*page.tags} <= {"div", "style", "span", "b", "i", "em", "details", "summary"}
+        assert all(printable(part) in "".join(page.texts) for part in name.split("/"))
+        assert {row[0] for row in table.rows} == {f"{name}/inner/kernel", f"{name}2/kernel"}
+
+
+def check_text(table):
+    """Fits eighty columns, and tells all paths apart."""
+    lines = str(table).split("\n")
+    assert max(map(columns, lines)) <= 80
+    assert all(line.isprintable() for line in lines)
+
+
+NAMES = st.text(st.characters(exclude_characters="/"), min_size=1, max_size=60)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(NAMES, min_size=1, max_size=12), min_size=1, max_size=8),
+    st.lists(st.integers(1, 9**9), max_size=30),
+)
+def test_any_names_and_shapes_fit(paths, shape):
+    shape = tuple(shape)
+    leaves = [
+        Leaf("/".join(path), shape, "float32", "averylongvariantsname", 8, 0.123456789, 10**15, 10**16)
+        for path in paths
+    ]
+    table = Summary(("path", "shape", "adapter", "rank", "scale", "trainable"), (), ("trainable",), None, tuple(leaves))
+    check_text(table)
+    Page(table._repr_html_())
+    use = lambda path: Use(
+        "/".join(path), shape, "ragged_dot", False, "no rule " * 40, "p" * 90, f"/a/{path[0]}.py:1 (f)"
+    )
+    check_text(Explanation(("path", "shape", "kind", "computed", "by", "at"), (), ("uses",), tuple(map(use, paths))))
+
+
+def test_paths_that_would_look_alike_are_whole():
+    paths = [f"model/{'x' * 30}/{middle}/{'y' * 30}/kernel" for middle in "ab"]
+    tree = jlora.wrap({path: jnp.ones((4, 4)) for path in paths}, jlora.LoraSpec(targets=paths, rank=1))
+    table = jlora.summary(tree)
+    check_text(table)
+    assert all(path in str(table).splitlines() for path in paths)
+
+
+def test_long_paths_lose_their_middle():
+    path = "params/model/decoder/blocks/self_attention/projections/query/kernel"
+    tree = jlora.wrap(
+        {path: jnp.ones((4, 4)), "b/kernel": jnp.ones((4, 4))}, jlora.LoraSpec(targets=[path, "b/*"], rank=1)
+    )
+    (line,) = [line for line in str(jlora.summary(tree)).splitlines() if "query" in line]
+    assert line.startswith("params/model/…/projections/query/kernel  (4, 4)")
+    check_text(jlora.summary(tree))
+
+
+def test_wide_shapes_lose_their_middle():
+    axes = {"kernel": jlora.Axes(tuple(range(29)), (29,))}
+    table = jlora.summary(jlora.wrap({"kernel": jnp.ones((1,) * 30)}, jlora.LoraSpec(rank=1, axes=axes)))
+    check_text(table)
+    assert "…" in str(table) and table.rows[0][1] == str((1,) * 30)
 
 
 def test_html_is_a_tree_of_all_leaves():
     page = Page(jlora.summary(jlora.wrap(PLAIN, SPEC))._repr_html_())
-    assert {"norm", "scale", "up", "bias", "kernel", "(64, 32)", "lora", "rank 4", "scale 2", "384 train"} <= set(
-        page.texts
-    )
-    assert {"384 of 2,464 train", "64 frozen"} <= set(page.texts)
-    assert "trainable 384 of 2,528, 15.19%; 1.5 KiB of 9.9 KiB" in page.texts
-    assert page.tags.count("details") == 2 and "script" not in page.tags
-
-
-def test_html_shows_alike_layers_once():
-    layers = {f"layer_{i}": {"kernel": jnp.ones((4, 4))} for i in range(12)}
-    layers["layer_5"] = {"kernel": jnp.ones((4, 8))}
-    texts = Page(jlora.summary(jlora.wrap({"net": layers}, jlora.LoraSpec(rank=1)))._repr_html_()).texts
-    assert {"layer_0-4,6-11", "11x", "layer_5"} <= set(texts)
-    assert texts.count("kernel") == 2
-
-
-def test_html_of_a_large_tree_is_small():
-    layer = {f"w{i}": {"kernel": SHAPE((8192, 8192), jnp.bfloat16)} for i in range(12)}
-    wrapped = jlora.wrap({f"layer_{i}": layer for i in range(80)}, SPEC)
-    assert len(jlora.summary(wrapped)._repr_html_()) < 10_000
-    unlike = {
-        f"layer_{i}": {f"w{j}": {"kernel": SHAPE((i + 9, j + 9), jnp.float32)} for j in range(12)} for i in range(80)
-    }
-    assert len(jlora.summary(jlora.wrap(unlike, SPEC))._repr_html_()) < 400_000
+    text = page.text()
+    assert "parameters 15.19% 384 of 2,528 train" in text and "bytes 15.19% 1.5 KiB of 9.9 KiB" in text
+    assert "norm/scale frozen (64,) · float32 64" in text
+    assert "up lora 384 of 2,464 15.58%" in text
+    assert "bias frozen (32,) · float32 32" in text
+    assert "kernel lora (64, 32) · float32 · rank 4 · scale 2 384 of 2,432 15.79%" in text
+    assert page.tags.count("details") == page.tags.count("summary") == 1
 
 
 def test_html_has_a_leaf_whose_name_is_a_modules_too():
     tree = {"a": jnp.ones(3), "a/b": jnp.ones(5), "kernel": jnp.ones((4, 4))}
-    texts = Page(jlora.summary(jlora.wrap(tree, jlora.LoraSpec(rank=1)))._repr_html_()).texts
-    assert texts.count("a") == 2 and {"(3,)", "b", "(5,)"} <= set(texts)
+    text = Page(jlora.summary(jlora.wrap(tree, jlora.LoraSpec(rank=1)))._repr_html_()).text()
+    assert "(3,)" in text and "b frozen (5,)" in text and "kernel lora (4, 4)" in text
 
 
-def test_html_escapes_names():
-    name = "<script>alert('&')<script>"
-    page = Page(jlora.summary(jlora.wrap({name: {"kernel": jnp.ones((4, 4))}}, jlora.LoraSpec(rank=1)))._repr_html_())
-    assert "script" not in page.tags and name in page.texts
+def test_html_shows_alike_layers_once():
+    """Their sum on the line that stands for all, and within what each has."""
+    layers = {f"layer_{i}": {"up": {"kernel": jnp.ones((4, 4))}, "scale": jnp.ones(4)} for i in range(12)}
+    layers["layer_5"] = {"up": {"kernel": jnp.ones((4, 8))}}
+    text = Page(jlora.summary(jlora.wrap({"net": layers}, jlora.LoraSpec(rank=1)))._repr_html_()).text()
+    assert (
+        "layer_{0..4,6..11} 11\u00d7 lora 88 of 308 28.57% each of the 11: scale frozen (4,) · float32 4 up/kernel"
+        in text
+    )
+    assert "layer_5/up/kernel lora (4, 8)" in text
+
+
+def test_html_of_large_trees_is_small():
+    """80 layers of 70B, and a thousand leaves of which no two are alike."""
+    kernel = lambda i, o: {"kernel": SHAPE((i, o), jnp.bfloat16)}
+    layer = {name: kernel(8192, 8192) for name in "qkvo"} | {"up": kernel(8192, 28672), "down": kernel(28672, 8192)}
+    layer |= {"gate": kernel(8192, 28672), "norm": {"scale": SHAPE((8192,), jnp.bfloat16)}}
+    unlike = {f"layer_{i}": {f"w{j}": kernel(i + 9, j + 9) for j in range(10)} for i in range(100)}
+    for tree, limit in (({f"layer_{i}": layer for i in range(80)}, 10_000), (unlike, 300_000)):
+        table = jlora.summary(jlora.wrap(tree, SPEC))
+        page = table._repr_html_()
+        assert len(page) < limit
+        Page(page)
+        check_text(table)
+
+
+def test_html_of_a_huge_tree_is_cut():
+    unlike = {
+        f"layer_{i}": {f"w{j}": {"kernel": SHAPE((i + 9, j + 9), jnp.float32)} for j in range(30)} for i in range(60)
+    }
+    table = jlora.summary(jlora.wrap(unlike, SPEC))
+    page = table._repr_html_()
+    assert len(page) < 300_000 and "more, which are not shown" in page and len(table.leaves) == 1800
+
+
+def test_html_tells_types_of_quantised_bases():
+    base = jlora.quant.quantize(
+        {"kernel": jnp.ones((64, 64)), "head": {"kernel": jnp.ones((64, 64))}}, targets="kernel"
+    )
+    table = jlora.summary(jlora.wrap(base, jlora.LoraSpec(targets="head", rank=2)))
+    text = Page(table._repr_html_()).text()
+    assert "nf4" in text and table.totals.bases in text and str(table).endswith(table.footer[-1])
 
 
 def test_summary_with_functions_among_the_leaves():
@@ -267,7 +408,7 @@ def test_footer():
     ratio = table.flops[0] / table.flops[1]
     assert flops == f"forward FLOPs: {table.flops[0] / 1e6:.1f}M, {ratio:.3f}x of the plain model's"
     assert moved.startswith("forward bytes: ") and moved.endswith("x of the plain model's")
-    assert trained == jlora.summary(wide()[0]).footer[0] and "%" in trained
+    assert trained == jlora.summary(wide()[0]).footer[0] and "%" in trained and "KiB" in trained
 
 
 def test_explain_takes_a_models_arguments():
@@ -337,19 +478,65 @@ def test_explain_runs_nothing():
 
 def test_explanation_in_html():
     table = jlora.explain(squashed, *wide())
-    texts = Page(table._repr_html_()).texts
-    assert {"up", "down", "factored", "dense", "dot_general", "(512, 1024)", *table.footer} <= set(texts)
-    assert table.uses[0].reason in texts
+    text = Page(table._repr_html_()).text()
+    ratios = [f"{a / b:.3f}x of the plain model's" for a, b in (table.flops, table.bytes_accessed)]
+    assert "uses 2 uses: 1 factored, 1 dense FLOPs " + ratios[0] in text and "bytes moved " + ratios[1] in text
+    assert "parameters " in text and "0.58%" in text
+    up = f"up dense (512, 1024) · other · tanh · test_report.py:{squashed.__code__.co_firstlineno + 1} (squashed)"
+    assert f"{up} {table.uses[0].reason}" in text
+    assert "down factored (1024, 512) · dot · " in text
+
+
+def test_a_dense_use_is_never_folded_away():
+    """Though there are too many lines for all modules to lie open."""
+    shapes = {f"m{i}": {"a": jnp.ones((4, i + 1)), "b": jnp.ones((4, i + 1))} for i in range(30)}
+    wrapped = jlora.wrap(shapes, jlora.LoraSpec(targets=["a", "b"], rank=1))
+
+    def fn(p, x):
+        return [(x @ (jnp.sin(m["a"]) if name == "m9" else m["a"]), x @ m["b"]) for name, m in p.items()]
+
+    page = jlora.explain(fn, wrapped, jnp.ones((2, 4)))._repr_html_()
+    assert page.count("<details>") == 29 and page.count("<details open>") == 1
+    assert page.index("<details open>") < page.index("sin has no factored rule")
+
+
+def test_uses_of_one_kernel_stand_together():
+    fn = lambda p, x, ids: (p["e"][ids], x @ p["e"].T, x @ jnp.tanh(p["e"]).T)
+    wrapped = jlora.wrap({"e": jnp.ones((9, 6))}, jlora.LoraSpec(targets="e", rank=2))
+    text = Page(jlora.explain(fn, wrapped, jnp.ones((5, 6)), jnp.arange(3))._repr_html_()).text()
+    assert (
+        text.index("e factored (9, 6) · embedding") < text.index("factored (9, 6) · dot") < text.index("dense (9, 6)")
+    )
 
 
 def test_explanation_as_text():
     """The reason of a dense use is whole, below its row."""
     table = jlora.explain(squashed, *wide())
-    lines = str(table).splitlines()
-    assert max(map(len, lines)) <= 80 and repr(table) == str(table)
-    assert lines[1].split()[:5] == ["up", "(512,", "1024)", "other", "dense"]
-    assert lines[2].startswith("    tanh: ")
-    assert " ".join("\n".join(lines).split()).count(table.uses[0].reason) == 1
+    header, up, reason, down, *footer = str(table).splitlines()
+    assert header.split() == ["path", "shape", "kind", "computed", "at"]
+    assert up.split()[:5] == ["up", "(512,", "1024)", "other", "dense"] and "test_report.py:" in up
+    assert reason == f"    {table.uses[0].reason}" and down.split()[4] == "factored"
+    assert footer == list(table.footer) and repr(table) == str(table)
+    check_text(table)
+
+
+def test_the_primitive_stands_before_a_reason_that_does_not_name_it():
+    table = jlora.explain(lambda p, x: p["up"], *wide())
+    assert "    output: the function returns it" in str(table).splitlines()
+
+
+def test_alike_uses_share_a_row():
+    layers = {f"layer_{i}": {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 4))} for i in range(5)}
+
+    def fn(p, x):
+        for layer in p.values():
+            x = x @ layer["up"] @ jnp.sin(layer["down"])
+        return x
+
+    table = jlora.explain(fn, jlora.wrap(layers, jlora.LoraSpec(targets=["up", "down"], rank=1)), jnp.ones((2, 4)))
+    _, up, down, reason, *_ = str(table).splitlines()
+    assert down.split()[:2] == ["layer_{0..4}/down", "5x"] and up.split()[:2] == ["layer_{0..4}/up", "5x"]
+    assert "sin has no factored rule" in reason and len(table.uses) == len(table.rows) == 10
 
 
 @pytest.mark.parametrize("tree", [PLAIN, {}, jnp.ones(3)], ids=["plain", "empty", "array"])

@@ -1,4 +1,4 @@
-"""Tables of a wrapped tree, as text and as a foldable page in a notebook: `summary` and `explain`."""
+"""What of a wrapped tree is adapted, and how a function uses it: `summary` and `explain`, as text and as HTML."""
 
 from jlora.report.explain import Explanation, Use, explain
 from jlora.report.summary import Summary, summary

@@ -14,9 +14,10 @@ from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.nodes import is_node
 from jlora.paths import flatten, split_arrays
-from jlora.report.html import Item, page
-from jlora.report.text import Table
-from jlora.report.totals import Totals, in_bytes, short
+from jlora.report.groups import grouped, name_of, title
+from jlora.report.html import Gauge, Row, page, trained_gauges
+from jlora.report.text import Table, with_counts
+from jlora.report.totals import Totals, in_bytes, short, totals
 from jlora.tree import has_nodes, unwrap
 
 
@@ -41,35 +42,32 @@ class Explanation(Table):
       uses: every use of every adapted kernel.
       flops: of the forward pass, adapted and plain; None where XLA tells none.
       bytes_accessed: likewise.
-      percent: of the tree's parameters, that train.
+      totals: parameters and bytes of the tree.
     """
 
     uses: tuple[Use, ...] = ()
     flops: tuple[float, float] | None = None
     bytes_accessed: tuple[float, float] | None = None
-    percent: float = 0.0
+    totals: Totals | None = None
 
-    def _text(self) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]], Sequence[str]]:
-        """Without the primitives, which stand before the reasons of dense uses below their rows."""
-        narrow = lambda row: (*row[:4], row[5].partition(" (")[0])
-        whys = ["" if use.factored else f"{use.primitive}: {use.reason}" for use in self.uses]
-        return narrow(self.header), [narrow(row) for row in self.rows], whys
+    def _text(self) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
+        """Uses that are alike but for numbers in their paths are one row; a dense one's reason stands below it."""
+        cells = lambda use: (str(use.shape), use.kind, _how(use), _line(use.source), _why(use))
+        found: Any = grouped((name_of(use.path), 1, cells(use)) for use in self.uses)
+        rows = [(title(name), *facts) for name, _, (*facts, _) in found]
+        header = ("path", "shape", "kind", "computed", "at")
+        return with_counts(header, rows, [count for _, count, _ in found]), ["", *(why for *_, (*_, why) in found)]
 
     def _repr_html_(self) -> str:
-        return page([_item(use) for use in self.uses], self.footer, self.percent)
-
-
-def _item(use: Use) -> Item:
-    mark = "factored" if use.factored else "dense"
-    facts = (str(use.shape), use.kind, use.primitive, f"at {_tail(use.source)}" if use.source else "")
-    return Item(use.path, mark, mark, facts, why=use.reason)
+        return _page(self)
 
 
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Every use of every adapted kernel in a function: factored or dense, and why; FLOPs against the plain function.
 
     Traces `fn` abstractly: arrays may be `jax.ShapeDtypeStruct`s. FLOPs and bytes are XLA's count for the forward pass
-    before optimisation, of one step of each loop.
+    before optimisation, of one step of each loop. Prints as text of eighty columns; in a notebook it shows as a tree
+    that folds.
 
     Args:
       fn: the unchanged function, as given to `jlora.apply`.
@@ -118,7 +116,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
         return _arrays_only(run_on_wrapped(fn, silent, None, True, False, unwrap(tree), *args, **kwargs))
 
     jax.eval_shape(adapted, arrays)
-    return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), Totals.of(tree))
+    return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), totals(tree))
 
 
 def _arrays_only(tree: Any) -> list[Any]:
@@ -129,24 +127,63 @@ def _cost(fn: Callable[..., Any], arrays: list[Any]) -> dict[str, float]:
     return jax.jit(fn).lower(arrays).cost_analysis() or {}
 
 
-def _explained(
-    uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str, float], totals: Totals
-) -> Explanation:
+def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str, float], sums: Totals) -> Explanation:
     pair = lambda name: (adapted[name], plain[name]) if name in adapted and name in plain else None
     flops, moved = pair("flops"), pair("bytes accessed")
-    rows = tuple(
-        (u.path, str(u.shape), u.kind, "factored" if u.factored else "dense", u.reason or u.primitive, _tail(u.source))
-        for u in uses
-    )
-    dense = sum(not use.factored for use in uses)
-    footer = [f"{len(uses)} {'use' if len(uses) == 1 else 'uses'}: {len(uses) - dense} factored, {dense} dense"]
-    for name, values, show in (("FLOPs", flops, lambda n: short(n, "G")), ("bytes", moved, in_bytes)):
-        if values:
-            ratio = values[0] / max(values[1], 1)
-            footer.append(f"forward {name}: {show(values[0])}, {ratio:.3f}x of the plain model's")
+    rows = tuple((u.path, str(u.shape), u.kind, _how(u), u.reason or u.primitive, _tail(u.source)) for u in uses)
+    costs = [
+        f"forward {name}: {show(values[0])}, {_ratio(values)} of the plain model's"
+        for name, values, show in (("FLOPs", flops, _flops), ("bytes", moved, in_bytes))
+        if values
+    ]
     header = ("path", "shape", "kind", "computed", "by", "at")
-    return Explanation(header, rows, (*footer, *totals.lines()), uses, flops, moved, totals.percent)
+    return Explanation(header, rows, (_counts(uses), *costs, *sums.lines), uses, flops, moved, sums)
+
+
+def _counts(uses: Sequence[Use]) -> str:
+    dense = sum(not use.factored for use in uses)
+    return f"{len(uses)} {'use' if len(uses) == 1 else 'uses'}: {len(uses) - dense} factored, {dense} dense"
+
+
+def _how(use: Use) -> str:
+    return "factored" if use.factored else "dense"
+
+
+def _why(use: Use) -> str:
+    named = use.factored or use.reason.startswith(use.primitive)
+    return use.reason if named else f"{use.primitive}: {use.reason}"
+
+
+def _ratio(values: tuple[float, float]) -> str:
+    return f"{values[0] / max(values[1], 1):.3f}x"
+
+
+def _flops(n: float) -> str:
+    return short(n, "G")
 
 
 def _tail(source: str) -> str:
     return source.rpartition("/")[2]
+
+
+def _line(source: str) -> str:
+    return _tail(source).partition(" (")[0]
+
+
+def _page(table: Explanation) -> str:
+    dense = sum(not use.factored for use in table.uses)
+    gauges = [Gauge("uses", [("factored", len(table.uses) - dense), ("dense", dense)], "", _counts(table.uses))]
+    for name, values, show in (("FLOPs", table.flops, _flops), ("bytes moved", table.bytes_accessed, in_bytes)):
+        if values:
+            told = f"of the plain model's: {show(values[0])} for {show(values[1])}, forward"
+            more = max(values[0] - values[1], 0)
+            gauges.append(Gauge(name, [("plain", values[1]), ("adapted", more)], _ratio(values), told))
+    if table.totals:
+        gauges += trained_gauges(table.totals)
+    return page([(use.path, _row(use)) for use in table.uses], gauges)
+
+
+def _row(use: Use) -> Row:
+    by = "" if use.primitive.startswith(use.kind) else use.primitive
+    facts = (str(use.shape), use.kind, by, _tail(use.source))
+    return Row(_how(use), _how(use), tuple(filter(None, facts)), why=_why(use), source=use.source)

@@ -3,35 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from jlora.checks import check_whole
-from jlora.nodes import is_node, is_unit
+from jlora.nodes import TrainableParam, is_node, is_unit
 from jlora.paths import flatten
 from jlora.qarray import is_qarray
-from jlora.report.html import Item, page
-from jlora.report.text import Table
-from jlora.report.totals import Totals, size
+from jlora.report.groups import grouped, name_of, title
+from jlora.report.html import Row, page, trained_gauges
+from jlora.report.text import Table, with_counts
+from jlora.report.totals import Totals, size, totals
 from jlora.tree import TRAINABLE, labels
+
+FULL = "in full"
+
+
+class Leaf(NamedTuple):
+    """A leaf of the tree.
+
+    Args:
+      path, shape, dtype: of the leaf; the type is the codes' where it is quantised.
+      adapter: the variant, `FULL`, or nothing where it is frozen.
+      rank, scale: None where the variant has none.
+      trained, parameters: how many numbers train, and are there.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    adapter: str
+    rank: int | None
+    scale: float | None
+    trained: int
+    parameters: int
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Summary(Table):
-    """The table of `summary`: a row for each wrapped leaf; in a notebook a foldable tree of all leaves."""
+    """The table of `summary`: a row for each leaf that is adapted or trained in full.
 
-    items: tuple[Item, ...] = ()
-    percent: float = 0.0
+    Args:
+      totals: parameters and bytes.
+      leaves: every leaf, frozen ones too, as a notebook shows them.
+    """
+
+    totals: Totals | None = None
+    leaves: tuple[Leaf, ...] = ()
+
+    def _text(self) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
+        """Leaves that are alike but for numbers in their paths are one row, with what trains in all of them."""
+        wrapped = [leaf for leaf in self.leaves if leaf.adapter]
+        found: Any = grouped((name_of(leaf.path), 1, leaf._replace(path="", parameters=0)) for leaf in wrapped)
+        rows = [_cells(leaf._replace(path=title(name), trained=count * leaf.trained)) for name, count, leaf in found]
+        return with_counts(self.header, rows, [count for _, count, _ in found]), [""] * (1 + len(rows))
 
     def _repr_html_(self) -> str:
-        return page(self.items, self.footer, self.percent)
+        gauges = trained_gauges(self.totals) if self.totals else []
+        return page([(leaf.path, _row(leaf)) for leaf in self.leaves], gauges)
 
 
 def summary(tree: Any) -> Summary:
     """What of a wrapped tree is adapted and what trains: shapes, ranks, parameters, percent, bytes.
 
-    Prints as text of at most 80 columns; the last expression of a notebook's cell shows as a tree that folds.
+    Prints as text of eighty columns, where layers that are alike share a row; in a notebook it shows as a tree that
+    folds, of all leaves. `rows` has every wrapped leaf.
+
+    Raises:
+      ValueError: if a node lacks arrays, as in one half of `jlora.partition`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -40,42 +81,46 @@ def summary(tree: Any) -> Summary:
       path          shape     adapter  rank  scale  trainable
       dense/kernel  (64, 32)  lora     2     8      192
       trainable 192 of 2,272, 8.45%; 768 B of 8.9 KiB
+
+      >>> params = {f"layer_{i}": params for i in range(12)}
+      >>> jlora.summary(jlora.wrap(params, jlora.LoraSpec(rank=2)))
+      path                        count  shape     adapter  rank  scale  trainable
+      layer_{0..11}/dense/kernel  12x    (64, 32)  lora     2     8      2,304
+      trainable 2,304 of 27,264, 8.45%; 9.0 KiB of 106.5 KiB
     """
     paths, leaves, _ = flatten(tree, is_unit)
-    named = list(zip(paths, leaves, strict=True))
-    for path, leaf in named:
+    for path, leaf in zip(paths, leaves, strict=True):
         if is_node(leaf):
             check_whole("summary", path, leaf)
-    rows = {path: _row(path, leaf) for path, leaf in named if is_node(leaf)}
-    items = [_item(path, leaf, rows.get(path)) for path, leaf in named if hasattr(leaf, "shape")]
-    totals = Totals.of(tree)
+    told = [_leaf(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")]
+    sums = totals(tree)
     header = ("path", "shape", "adapter", "rank", "scale", "trainable")
-    return Summary(header, tuple(rows.values()), totals.lines(), tuple(items), totals.percent)
+    return Summary(header, tuple(_cells(leaf) for leaf in told if leaf.adapter), sums.lines, sums, tuple(told))
 
 
-def _row(path: str, node: Any) -> tuple[str, ...]:
-    settings = node.settings
-    rank, scale = str(settings.get("rank", "")), f"{settings['scaling']:g}" if "scaling" in settings else ""
-    return path, str(tuple(node.shape)), _kind(node), rank, scale, f"{_trained(node):,}"
-
-
-def _item(path: str, leaf: Any, row: tuple[str, ...] | None) -> Item:
-    """A leaf of the page; of a wrapped one with what its row says."""
-    whole = sum(size(x) for x in jax.tree.leaves(leaf, is_leaf=is_qarray))
-    if row is None:
-        return Item(path, "", "", (str(tuple(leaf.shape)), _type(leaf)), all=whole)
-    _, shape, kind, rank, scale, trained = row
-    facts = (shape, _type(leaf.base), rank and f"rank {rank}", scale and f"scale {scale}", f"{trained} train")
-    return Item(path, "whole" if kind == "in full" else "adapted", kind, facts, _trained(leaf), whole)
-
-
-def _kind(node: Any) -> str:
-    return type(node).__name__.removesuffix("Param").lower().replace("trainable", "in full")
+def _leaf(path: str, leaf: Any) -> Leaf:
+    shape = tuple(leaf.shape)
+    if not is_node(leaf):
+        return Leaf(path, shape, _type(leaf), "", None, None, 0, size(leaf))
+    kind = FULL if isinstance(leaf, TrainableParam) else type(leaf).__name__.removesuffix("Param").lower()
+    rank, scale = (leaf.settings.get(name) for name in ("rank", "scaling"))
+    trained = jax.tree.leaves(jax.tree.map(lambda x, m: size(x) if m == TRAINABLE else 0, leaf, labels(leaf)))
+    count = sum(size(x) for x in jax.tree.leaves(leaf, is_leaf=is_qarray))
+    return Leaf(path, shape, _type(leaf.base), kind, rank, scale, sum(trained), count)
 
 
 def _type(leaf: Any) -> str:
-    return str(leaf.qtype) if is_qarray(leaf) else str(leaf.dtype)
+    return str(leaf.qtype if is_qarray(leaf) else leaf.dtype)
 
 
-def _trained(node: Any) -> int:
-    return sum(jax.tree.leaves(jax.tree.map(lambda x, m: size(x) if m == TRAINABLE else 0, node, labels(node))))
+def _cells(leaf: Leaf) -> tuple[str, ...]:
+    scale = "" if leaf.scale is None else f"{leaf.scale:g}"
+    rank = "" if leaf.rank is None else str(leaf.rank)
+    return leaf.path, str(leaf.shape), leaf.adapter, rank, scale, f"{leaf.trained:,}"
+
+
+def _row(leaf: Leaf) -> Row:
+    _, shape, kind, rank, scale, _ = _cells(leaf)
+    facts = [shape, leaf.dtype, *(f"{name} {value}" for name, value in (("rank", rank), ("scale", scale)) if value)]
+    mark = ("full" if kind == FULL else "adapted") if kind else ""
+    return Row(mark, kind or "frozen", tuple(facts), leaf.trained, leaf.parameters)

@@ -1,10 +1,9 @@
-"""Counts and bytes of a tree, and of what trains in it."""
+"""Parameters and bytes, of a tree and of what trains in it."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,38 +11,51 @@ from jlora.qarray import is_qarray, nbits
 from jlora.tree import TRAINABLE, labels
 
 
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """Parameters and bits, of what trains and of all; bits a weight of what is quantised."""
+class Totals(NamedTuple):
+    """Of what trains and of all.
+
+    Args:
+      trained, parameters: counts.
+      trained_bytes, all_bytes: sizes.
+      quantised: how many leaves are.
+      bits: that one of their weights takes.
+    """
 
     trained: int
-    all: int
-    trained_bits: int
-    all_bits: int
-    quantised: tuple[int, float] | None
-
-    @classmethod
-    def of(cls, tree: Any) -> Totals:
-        arrays = [x for x in jax.tree.leaves(tree, is_leaf=is_qarray) if hasattr(x, "dtype")]
-        trained = [x for x, mark in zip(*map(jax.tree.leaves, (tree, labels(tree))), strict=True) if mark == TRAINABLE]
-        codes = [x for x in arrays if is_qarray(x)]
-        bits = sum(map(nbits, codes)) / max(sum(map(size, codes)), 1)
-        sums = [sum(map(measure, part)) for measure in (size, nbits) for part in (trained, arrays)]
-        return cls(*sums, quantised=(len(codes), bits) if codes else None)
+    parameters: int
+    trained_bytes: float
+    all_bytes: float
+    quantised: int
+    bits: float
 
     @property
     def percent(self) -> float:
-        return 100 * self.trained / max(self.all, 1)
+        return 100 * self.trained / max(self.parameters, 1)
 
+    @property
     def lines(self) -> tuple[str, ...]:
         line = (
-            f"trainable {self.trained:,} of {short(self.all)}, {self.percent:.2f}%; "
-            f"{in_bytes(self.trained_bits / 8)} of {in_bytes(self.all_bits / 8)}"
+            f"trainable {self.trained:,} of {short(self.parameters)}, {self.percent:.2f}%; "
+            f"{in_bytes(self.trained_bytes)} of {in_bytes(self.all_bytes)}"
         )
-        if self.quantised is None:
-            return (line,)
-        count, bits = self.quantised
-        return line, f"quantised: {count} {'leaf' if count == 1 else 'leaves'}, {bits:.2f} bits a weight"
+        return (line, self.bases) if self.quantised else (line,)
+
+    @property
+    def bases(self) -> str:
+        return (
+            f"quantised: {self.quantised} {'leaf' if self.quantised == 1 else 'leaves'}, {self.bits:.2f} bits a weight"
+        )
+
+
+def totals(tree: Any) -> Totals:
+    """Sums up a wrapped tree."""
+    arrays = [x for x in jax.tree.leaves(tree, is_leaf=is_qarray) if hasattr(x, "dtype")]
+    trained = [x for x, mark in zip(*map(jax.tree.leaves, (tree, labels(tree))), strict=True) if mark == TRAINABLE]
+    quantised = [x for x in arrays if is_qarray(x)]
+    count = lambda part: sum(map(size, part))
+    bits = lambda part: sum(map(nbits, part))
+    each = bits(quantised) / max(count(quantised), 1)
+    return Totals(count(trained), count(arrays), bits(trained) / 8, bits(arrays) / 8, len(quantised), each)
 
 
 def size(x: Any) -> int:
