@@ -160,7 +160,8 @@ def combine(trainable: Any, frozen: Any) -> Any:
     others, rest, other_treedef = flatten(frozen, _is_part)
     if treedef != other_treedef:
         raise ValueError(
-            f"combine: the trees differ{_difference(paths, others)}; it takes both halves of one partition"
+            f"combine: the trees differ{_difference(paths, others)}; it takes both halves of one partition "
+            "(of one that NNX holds in variables, nnx.as_pure)"
         )
     joined = [_joined(path, a, b) for path, a, b in zip(paths, nodes, rest, strict=True)]
     return treedef.unflatten(joined)

@@ -1,6 +1,11 @@
-"""Every test runs with eight CPU devices; warnings are errors (pyproject.toml)."""
+"""Every test runs with eight CPU devices; warnings are errors (pyproject.toml).
+
+XLA makes its programs with LLVM's optimisations off: a fifth of the suite's time is saved, and what the tests measure
+is decided before. Flags of the environment go before these.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -18,7 +18,7 @@ import jlora
 from jlora.report import Explanation, Summary, Use
 from jlora.report.groups import grouped, name_of, title
 from jlora.report.summary import Leaf
-from jlora.report.text import columns, printable
+from jlora.report.text import columns, lines, printable
 from tests.support import adapted
 from tests.test_laws import ZOO
 
@@ -246,6 +246,14 @@ def test_paths_that_would_look_alike_are_whole():
     assert all(path in str(table).splitlines() for path in paths)
 
 
+def test_a_path_too_long_for_its_column_has_a_line_of_its_own():
+    """Where not even its ends fit."""
+    long, short = "a_block_of_the_decoder/a_projection_of_its", "head/kernel"
+    first, second, third = lines([(path, "x" * 25, "y" * 25) for path in (long, short)], ["", ""])
+    assert first == long and second.split() == third.split()[1:] == ["x" * 25, "y" * 25]
+    assert third.split()[0] == short and len(third) == 80
+
+
 def test_long_paths_lose_their_middle():
     path = "params/model/decoder/blocks/self_attention/projections/query/kernel"
     tree = jlora.wrap(
@@ -407,7 +415,7 @@ def test_footer():
     assert uses == "2 uses: 1 factored, 1 dense"
     ratio = table.flops[0] / table.flops[1]
     assert flops == f"forward FLOPs: {table.flops[0] / 1e6:.1f}M, {ratio:.3f}x of the plain model's"
-    assert moved.startswith("forward bytes: ") and moved.endswith("x of the plain model's")
+    assert moved.startswith("forward bytes before fusion: ") and moved.endswith("x of the plain model's")
     assert trained == jlora.summary(wide()[0]).footer[0] and "%" in trained and "KiB" in trained
 
 

@@ -18,6 +18,7 @@ import optax
 from tqdm import tqdm
 
 import jlora
+from jlora.examples import training
 from jlora.examples.fetch import HAMLET, SMOLLM2, FetchError, fetch
 from jlora.examples.smollm2 import (
     PRETRAINED,
@@ -28,7 +29,6 @@ from jlora.examples.smollm2 import (
     next_token_losses,
     perplexity,
 )
-from jlora.examples.training import count, exit_code, learning_rate, running_mean
 from jlora.quant.formats import package
 
 LENGTH, BATCH, SCALE = 128, 4, 2
@@ -39,7 +39,7 @@ PROMPT = "Enter the Ghost of the King\n"
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
     args = parse(argv)
-    return exit_code(lambda: run(args), FetchError, OSError, ModuleNotFoundError)
+    return training.exit_code(lambda: run(args), FetchError, OSError, ModuleNotFoundError)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -104,13 +104,13 @@ def train(model: SmolLM2, params: Any, rows: np.ndarray, args: argparse.Namespac
     for batch in bar:
         params, state, loss = step(params, state, batch)
         losses.append(float(loss))
-        bar.set_postfix(loss=f"{running_mean(losses)[-1]:.3f}")
+        bar.set_postfix(loss=f"{training.running_mean(losses)[-1]:.3f}")
     return params, losses
 
 
 def optimizer(params: Any, args: argparse.Namespace) -> optax.GradientTransformation:
     """Returns AdamW with clipped gradients, for what trains."""
-    adamw = optax.adamw(learning_rate(args.lr, args.steps))
+    adamw = optax.adamw(training.learning_rate(args.lr, args.steps))
     return jlora.optimizer(optax.chain(optax.clip_by_global_norm(1.0), adamw), params)
 
 
@@ -129,13 +129,8 @@ def train_step(model: SmolLM2, tx: optax.GradientTransformation) -> Callable:
 
 
 def batches(rows: np.ndarray, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Yields `steps` batches of rows, in a new order each epoch; an epoch's last rows that fill none are left out."""
-    rng, order = np.random.default_rng(seed), np.empty(0, int)
-    for _ in range(steps):
-        if len(order) < BATCH:
-            order = rng.permutation(len(rows))
-        batch, order = order[:BATCH], order[BATCH:]
-        yield rows[batch]
+    """Yields `steps` batches of rows, as `training.batches` does."""
+    return (batch["ids"] for batch in training.batches({"ids": rows}, steps, seed, BATCH))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -149,10 +144,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("prompt", nargs="?", default=PROMPT, help="text to continue, before and after training")
     add("--quick", action="store_true", help="10 steps, 8 held-out windows, short samples: to see that all works")
     add("--out", type=Path, default=Path("runs/hamlet"), metavar="DIR", help="where the adapter goes (%(default)s)")
-    add("--steps", metavar="N", type=count(0), help=f"batches of {BATCH} windows of {LENGTH} tokens (80)")
-    add("--rank", metavar="N", type=count(1, 192), default=8, help="rank of the adapters (%(default)s)")
+    add("--steps", metavar="N", type=training.count(0), help=f"batches of {BATCH} windows of {LENGTH} tokens (80)")
+    add("--rank", metavar="N", type=training.count(1, 192), default=8, help="rank of the adapters (%(default)s)")
     add("--lr", metavar="RATE", type=float, default=1e-3, help="peak learning rate (%(default)s)")
-    add("--seed", metavar="N", type=count(0), default=0, help="of the adapters and the order of batches (%(default)s)")
+    add("--seed", metavar="N", type=training.count(0), default=0, help="of adapters and batches (%(default)s)")
     add("--quantize", choices=("nf4", "int4", "int8", "fp8"), help="keep frozen kernels of linear layers so (dense)")
     add("--double-quant", action="store_true", help="quantise the scales of --quantize too")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import jlora
 
 BATCH = 32
-Data = dict[str, np.ndarray]  # ids and mask (n, length), labels (n,)
+Data = dict[str, np.ndarray]  # of a classifier: ids and mask (n, length), labels (n,)
 
 
 @dataclass
@@ -89,7 +89,7 @@ def batches(data: Data, steps: int, seed: int, size: int = BATCH) -> Iterator[Da
     rng, rows = np.random.default_rng(seed), np.empty(0, int)
     for _ in range(steps):
         if len(rows) < size:
-            rows = rng.permutation(len(data["labels"]))
+            rows = rng.permutation(len(next(iter(data.values()))))
         batch, rows = rows[:size], rows[size:]
         yield {name: values[batch] for name, values in data.items()}
 

@@ -30,7 +30,8 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
       tree: a wrapped tree whose adapted bases are quantised.
       params: the plain tree before it was quantised.
       iterations: how often A and B are computed; the base of the first is W quantised, as it is in `tree`.
-      niter: rounds of subspace iteration in place of an exact decomposition, as of ``init="pissa_niter_16"``.
+      niter: rounds of subspace iteration in place of an exact decomposition, as of ``init="pissa_niter_16"``; use it
+        for kernels of thousands of inputs, of which the exact one takes minutes each.
 
     Returns:
       The tree with other factors and, with more than one iteration, other bases of the same formats.

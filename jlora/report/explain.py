@@ -133,7 +133,7 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
     rows = tuple((u.path, str(u.shape), u.kind, _how(u), u.reason or u.primitive, _tail(u.source)) for u in uses)
     costs = [
         f"forward {name}: {show(values[0])}, {_ratio(values)} of the plain model's"
-        for name, values, show in (("FLOPs", flops, _flops), ("bytes", moved, in_bytes))
+        for name, values, show in (("FLOPs", flops, _flops), ("bytes before fusion", moved, in_bytes))
         if values
     ]
     header = ("path", "shape", "kind", "computed", "by", "at")
@@ -173,9 +173,12 @@ def _line(source: str) -> str:
 def _page(table: Explanation) -> str:
     dense = sum(not use.factored for use in table.uses)
     gauges = [Gauge("uses", [("factored", len(table.uses) - dense), ("dense", dense)], "", _counts(table.uses))]
-    for name, values, show in (("FLOPs", table.flops, _flops), ("bytes moved", table.bytes_accessed, in_bytes)):
+    for name, values, show, when in (
+        ("FLOPs", table.flops, _flops, "forward"),
+        ("bytes moved", table.bytes_accessed, in_bytes, "forward, before fusion"),
+    ):
         if values:
-            told = f"of the plain model's: {show(values[0])} for {show(values[1])}, forward"
+            told = f"of the plain model's: {show(values[0])} for {show(values[1])}, {when}"
             more = max(values[0] - values[1], 0)
             gauges.append(Gauge(name, [("plain", values[1]), ("adapted", more)], _ratio(values), told))
     if table.totals:

@@ -48,13 +48,13 @@ def with_counts(header: Sequence[str], rows: Sequence[Sequence[str]], counts: Se
 
 
 def lines(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> Iterator[str]:
-    """Aligned columns of rows whose first cell is a path; a path that would look like another has a line of its own."""
+    """Aligned columns of rows whose first cell is a path; one that is too long or not clear has a line of its own."""
     rows = [tuple(map(printable, row)) for row in rows]
     limits = _limits([max(map(columns, column)) for column in zip(*rows, strict=True)])
     paths = [short_path(row[0], limits[0]) for row in rows]
     meant = collections.Counter(path for path, _ in {*zip(paths, (row[0] for row in rows), strict=True)})
     for path, row, note in zip(paths, rows, notes, strict=True):
-        if meant[path] > 1 and path != row[0]:
+        if columns(path) > limits[0] or (meant[path] > 1 and path != row[0]):
             yield from _cut(row[0], WIDTH)
             path = ""
         cells = [path, *(shortened(cell, limit) for cell, limit in zip(row[1:], limits[1:], strict=True))]
@@ -76,14 +76,12 @@ def _limits(widths: list[int]) -> list[int]:
 
 
 def short_path(path: str, limit: int) -> str:
-    """A path without modules in its middle; where its ends are too long, without the middle of the text."""
+    """A path without modules in its middle, if its ends fit; if not, as it is."""
     names = path.split("/")
-    if columns(path) <= limit or len(names) < 3:
-        return shortened(path, limit)
     head, tail = names[:1], names[-1:]
     fits = lambda head, tail: columns("/".join([*head, "…", *tail])) <= limit
-    if not fits(head, tail):
-        return shortened(path, limit)
+    if columns(path) <= limit or len(names) < 3 or not fits(head, tail):
+        return path
     while fits(head, longer := names[-len(tail) - 1 :]):
         tail = longer
     while fits(longer := names[: len(head) + 1], tail):
