@@ -2,7 +2,7 @@
 
     python benchmarks/qlora.py                          every base that the file of results lacks
     python benchmarks/qlora.py --rows dense nf4         these
-    python benchmarks/qlora.py --rows dense nf4 "nf4, QPiSSA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
+    python benchmarks/qlora.py --rows dense nf4 "nf4, QERA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
     python benchmarks/qlora.py --rows                   prints the table of what is there
     python benchmarks/qlora.py --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
 
@@ -39,8 +39,10 @@ BASES = {
     "fp8": ["--quantize", "fp8"],
     "nf4, LoftQ": ["--quantize", "nf4"],
     "nf4, QPiSSA": ["--quantize", "nf4"],
+    "nf4, QERA": ["--quantize", "nf4"],
 }
 STARTS = {"nf4, LoftQ": jlora.quant.loftq, "nf4, QPiSSA": jlora.quant.qpissa}  # five iterations
+CALIBRATION = 96  # windows of the training set from which QERA knows the inputs
 HEADER = [
     "base",
     "bits a weight",
@@ -90,10 +92,14 @@ def learnt(tree: Any, train_set: np.ndarray, held_out: np.ndarray, args: argpars
     return {"before": before, "after": perplexity(tree, held_out)}
 
 
-def begun(name: str, weights: Any, args: argparse.Namespace) -> Any:
+def begun(name: str, weights: Any, train_set: np.ndarray, args: argparse.Namespace) -> Any:
     """The wrapped tree of a base, as training begins."""
     params = jax.tree.map(jnp.array, weights)
     tree = hamlet.adapt(PRETRAINED, params, args)
+    if name == "nf4, QERA":
+        forward = lambda params, ids: PRETRAINED.apply({"params": params}, ids)
+        batches = [train_set[i : i + hamlet.BATCH] for i in range(0, CALIBRATION, hamlet.BATCH)]
+        return jlora.quant.qera(forward, tree, params, batches, niter=4)
     return STARTS[name](tree, params, iterations=5, niter=4) if name in STARTS else tree
 
 
@@ -164,7 +170,7 @@ def main() -> None:
         held_out = held_out[: given.held_out]
         asked = ["--steps", str(given.steps), "--rank", str(given.rank)]
         args = {name: hamlet.parse([*asked, *flags]) for name, flags in BASES.items()}
-        start = lambda name: begun(name, weights, args[name])
+        start = lambda name: begun(name, weights, train_set, args[name])
     for name in todo:
         row = cost(name, start, train_set[: hamlet.BATCH], given.rounds, args[name])
         rows[name] = row | learnt(start(name), train_set, held_out, args[name])

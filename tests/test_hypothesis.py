@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -367,6 +368,7 @@ OVER_A_STACK: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @checked_less
 @given(chains(3), st.lists(st.sampled_from(list(AROUND)), min_size=1, max_size=2))
 def test_chain_inside_control_flow(chain, around):
@@ -376,6 +378,7 @@ def test_chain_inside_control_flow(chain, around):
     check(fn, node_of(chain.kernel, chain.axes, chain.rank), _activations(chain.x), fallback="ignore")
 
 
+@pytest.mark.slow
 @checked_less
 @given(chains(3), st.sampled_from(list(OVER_A_STACK)), st.sampled_from(["in_axis", "out_axis", "batch_axis"]))
 def test_chain_over_a_stack(chain, over, part):

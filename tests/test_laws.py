@@ -24,7 +24,8 @@ from tests.test_zoo import total
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
 every_program = pytest.mark.parametrize("program", ZOO.values(), ids=ZOO)
 every_fifth = pytest.mark.parametrize("name", list(ZOO)[::5])
-some_models = pytest.mark.parametrize("name", ["linen_mlp", "linen_scan", "nnx_mlp", "dot_rhs", "embedding_tied"])
+SOME_MODELS = ["linen_mlp", "linen_scan", "nnx_mlp", "dot_rhs", "embedding_tied"]
+some_models = pytest.mark.parametrize("name", SOME_MODELS)
 # Their gradients amplify rounding, as a run in float64 shows (1e-12): a second-order scan, deep attention.
 ILL_CONDITIONED = {"grad_inside_of_scan": 1e-3, "nnx_transformer": 2e-4, "nnx_stacked_remat_scan": 2e-4}
 
@@ -82,10 +83,14 @@ OPTIMIZERS = {
     "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
     "accumulated": optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.1), every_k_schedule=2),
 }
+TRAINED = [
+    pytest.param(name, optimizer, marks=[] if name == "linen_mlp" or optimizer == "adamw" else pytest.mark.slow)
+    for name in SOME_MODELS
+    for optimizer in OPTIMIZERS
+]
 
 
-@some_models
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name, optimizer", TRAINED)
 def test_frozen_means_frozen(name, optimizer):
     """After training steps each frozen leaf has the same bits, negative zeros included, and unwrap gives them back."""
     program = ZOO[name]

@@ -52,8 +52,10 @@ def test_axes_partition_each_kernel(name):
         assert axes[0] and axes[1], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_runs_and_differentiates(name):
+    """As the laws need it, which fail where it does not."""
     program = BY_NAME[name]
     if not program.reverse:
         assert is_finite(jax.jit(program.fn)(program.params, *program.args))

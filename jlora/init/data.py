@@ -7,6 +7,7 @@ gradients are compiled once for all batches; under a jit of one's own they are w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -62,20 +63,40 @@ def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, pas
       arXiv:2410.07170.
     """
     _, nodes, put = _adapted("eva", tree)
-    batches = _some("eva", batches)
+    batches = some("eva", batches)
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     columns = [_start(node, key) for node, key in zip(nodes, keys, strict=True)]
 
+    products = _products("eva", fn, batches)
+    for count in range(passes):
+        columns = columns if count == 0 else [_orthonormal(node, x) for node, x in zip(nodes, columns, strict=True)]
+        columns = _sum(products(columns, tree, batch) for batch in batches)
+    return put([_from_inputs(node, x) for node, x in zip(nodes, columns, strict=True)])
+
+
+def _products(name: str, fn: Callable[[Any, Any], Any], batches: list[Any]) -> Callable[..., list[jax.Array]]:
+    """A function of one matrix V for each kernel, the tree and a batch: X^T X V of each, X being its inputs."""
+
     def outputs(columns: list[jax.Array], tree: Any, batch: Any) -> jax.Array:
-        _, nodes, put = _adapted("eva", tree)
+        _, nodes, put = _adapted(name, tree)
         probes = [_InputProbe(node.base, x, node.axes, node.layers) for node, x in zip(nodes, columns, strict=True)]
         return _total(apply(fn, fallback="ignore")(put(probes), batch))
 
-    products = _jitted(jax.grad(outputs), batches)
-    for count in range(passes):
-        columns = columns if count == 0 else [_orthonormal(node, x) for node, x in zip(nodes, columns, strict=True)]
-        columns = _sums([products(columns, tree, batch) for batch in batches])
-    return put([_from_inputs(node, x) for node, x in zip(nodes, columns, strict=True)])
+    return _jitted(jax.grad(outputs), batches)
+
+
+def moments(name: str, fn: Callable[[Any, Any], Any], tree: Any, batches: list[Any]) -> dict[str, jax.Array]:
+    """By path, X^T X of each kernel's inputs over all batches, of shape (batch..., in, in): zero if it had none."""
+    paths, nodes, _ = _adapted(name, tree)
+    products = _products(name, fn, batches)
+    whole = [_identity(node) for node in nodes]
+    found = _sum(products(whole, tree, batch) for batch in batches)
+    return {path: _matrices(node, x) for path, node, x in zip(paths, nodes, found, strict=True)}
+
+
+def _identity(node: Any) -> jax.Array:
+    size, shape = _size(node, "in"), sizes_of(node, "batch")
+    return jnp.broadcast_to(jnp.eye(size), (*shape, size, size)).reshape(*shape, *sizes_of(node, "in"), size)
 
 
 @jax.tree_util.register_dataclass
@@ -149,7 +170,7 @@ def lora_ga(
       Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000.
     """
     paths, nodes, put = _adapted("lora_ga", tree)
-    batches = _some("lora_ga", batches)
+    batches = some("lora_ga", batches)
     for path, node in zip(paths, nodes, strict=True):
         _check_twice(path, node)
 
@@ -159,7 +180,8 @@ def lora_ga(
         return apply(loss, fallback="ignore", freeze=False)(unwrap(put(given)), batch)
 
     gradient = _jitted(jax.grad(plain), batches)
-    grads = _sums([gradient([dense(node.base) for node in nodes], tree, batch) for batch in batches])
+    bases = [dense(node.base) for node in nodes]
+    grads = _sum(gradient(bases, tree, batch) for batch in batches)
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     return put([_from_gradient(*each, gamma, niter) for each in zip(nodes, grads, keys, strict=True)])
 
@@ -196,7 +218,7 @@ def _adapted(name: str, tree: Any) -> tuple[list[str], list[Any], Callable[[list
     return [paths[i] for i in places], [leaves[i] for i in places], refill(treedef, leaves, places)
 
 
-def _some(name: str, batches: Iterable[Any]) -> list[Any]:
+def some(name: str, batches: Iterable[Any]) -> list[Any]:
     if isinstance(batches, (jax.Array, np.ndarray)):
         raise TypeError(
             f"{name}: batches is an array of shape {batches.shape}; it takes a sequence of batches, [batch]"
@@ -221,8 +243,8 @@ def _total(outputs: Any) -> jax.Array:
     return sum((x.astype(jnp.float32).sum() for x in floats), jnp.zeros(()))
 
 
-def _sums(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *x: sum(x[1:], x[0]), *trees)
+def _sum(trees: Iterable[Any]) -> Any:
+    return functools.reduce(lambda one, other: jax.tree.map(jnp.add, one, other), trees)
 
 
 def _matrices(node: Any, x: jax.Array) -> jax.Array:

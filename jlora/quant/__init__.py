@@ -4,7 +4,7 @@ Leaves are Qwix's `QArray`s (``pip install 'jlora[quant]'``). `jlora.wrap` takes
 function on them, adapted or not, and keeps no dense kernel: it is made anew in the forward and in the backward pass.
 """
 
-from jlora.quant.start import loftq, qpissa
+from jlora.quant.start import loftq, qera, qpissa
 from jlora.quant.tree import Error, bits, dequantize, fill, prepare, quantize, requantize
 
-__all__ = ["Error", "bits", "dequantize", "fill", "loftq", "prepare", "qpissa", "quantize", "requantize"]
+__all__ = ["Error", "bits", "dequantize", "fill", "loftq", "prepare", "qera", "qpissa", "quantize", "requantize"]

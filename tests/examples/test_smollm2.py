@@ -318,6 +318,7 @@ def tiny_job(params, tmp_path, monkeypatch):
         monkeypatch.setattr(hamlet, name, value)
 
 
+@pytest.mark.slow
 def test_the_whole_job_on_a_quantised_base(tiny_job, tmp_path, capsys):
     flags = ["--rank", "2", "--lr", "0.02", "--out", str(tmp_path / "out"), "--quantize", "nf4", "--double-quant"]
     with jax.numpy_dtype_promotion("standard"):

@@ -105,6 +105,7 @@ def test_lora_ga_takes_the_singular_vectors_of_the_gradient():
     assert same_bits(jlora.unwrap(params), PARAMS)
 
 
+@pytest.mark.slow
 def test_lora_ga_steps_nearer_to_full_training():
     """The update of W in one small step of gradient descent: its angle to the gradient, against a random start."""
     grads = sum(np.asarray(jax.grad(loss)(PARAMS, batch)["head"]) for batch in BATCHES)
@@ -118,6 +119,7 @@ def test_lora_ga_steps_nearer_to_full_training():
     assert cosine(jlora.init.lora_ga(loss, wrapped(), BATCHES)) > 0.9 > 0.7 > cosine(wrapped())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.lora_ga])
 def test_placed_as_the_base(init):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))

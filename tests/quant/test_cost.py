@@ -80,13 +80,19 @@ def heeds_barriers():
 
 
 needs_barriers = pytest.mark.skipif(not heeds_barriers(), reason="XLA drops barriers here, as for jax.checkpoint")
-MODELS = [pytest.param(fn, marks=needs_barriers, id=fn.__name__) for fn in (unrolled, unrolled_remat)]
+MODELS = [pytest.param(unrolled, marks=needs_barriers, id="unrolled")]
+MODELS += [pytest.param(unrolled_remat, marks=[needs_barriers, pytest.mark.slow], id="unrolled_remat")]
 MODELS += [pytest.param(fn, id=fn.__name__) for fn in (scanned, scanned_remat)]
 every_model = pytest.mark.parametrize("fn", MODELS)
+BASES = [
+    ("nf4", False),
+    pytest.param("nf4", True, marks=pytest.mark.slow),
+    pytest.param("int8", False, marks=pytest.mark.slow),
+]
 
 
 @every_model
-@pytest.mark.parametrize("dtype, double_quant", [("nf4", False), ("nf4", True), ("int8", False)])
+@pytest.mark.parametrize("dtype, double_quant", BASES)
 def test_no_dense_kernel_is_kept(fn, dtype, double_quant):
     """At 24 layers, temporaries of the step are those with a dense frozen base and at most two kernels'."""
     ours, dense = step_of(fn, 24, dtype, double_quant), step_of(fn, 24)

@@ -15,7 +15,7 @@ MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 SPECS = {"embed": P("tensor", "fsdp"), "layers": {"up": P(None, "fsdp", "tensor"), "down": P(None, "tensor", "fsdp")}}
 AXES = {"up": jlora.Axes(1, 2, 0), "down": jlora.Axes(1, 2, 0), "embed": jlora.Axes(0, 1)}
 TARGETS = ("up", "down", "embed")
-FORMATS = [("nf4", True), ("int8", False)]
+FORMATS = [("nf4", True), pytest.param("int8", False, marks=pytest.mark.slow)]
 
 
 def mesh_of(mode):

@@ -40,10 +40,14 @@ def placed(mesh, params):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, base_specs(params))
 
 
-PLACED = [(kind, "dense") for kind in KINDS if kind != "lora+layers"]
-PLACED += [(kind, "stacked") for kind in ("lora", "oft", "lora+layers", "lora+pissa")] + [("lora", "multi_axis")]
-REST = [(kind, use) for kind in KINDS for use in ("stacked", "multi_axis") if (kind, use) not in PLACED]
-PLACED += [pytest.param(*pair, marks=pytest.mark.slow) for pair in REST if pair != ("lora+layers", "multi_axis")]
+PLACED = [("lora", use) for use in ("dense", "stacked", "multi_axis")] + [
+    ("oft", "stacked"),
+    ("lora+layers", "stacked"),
+]
+PLACED += [(kind, "dense") for kind in ("dora", "loha", "oft", "lora+pissa")]
+REST = [(kind, use) for kind in KINDS for use in ("dense", "stacked", "multi_axis") if (kind, use) not in PLACED]
+REST = [pair for pair in REST if pair[0] != "lora+layers"]
+PLACED += [pytest.param(*pair, marks=pytest.mark.slow) for pair in REST]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -129,8 +133,11 @@ def on_mesh(mode, mesh, model, specs):
 REFUSED = {(kind, "manual, apply inside") for kind in ("oft", "boft", "lokr")}
 
 
-APPLIED = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa")]
-APPLIED += [(kind, "layers") for kind in ("lora", "dora", "oft", "lora+layers")] + [("lora", "heads"), ("oft", "heads")]
+APPLIED = [("lora", "mlp"), ("dora", "mlp"), ("loha", "mlp"), ("ia3", "mlp"), ("oft", "mlp")]
+APPLIED += [("lora", "layers"), ("lora+layers", "layers"), ("lora", "heads")]
+MORE = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa")]
+MORE += [("dora", "layers"), ("oft", "layers"), ("oft", "heads")]
+APPLIED += [pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE if pair not in APPLIED]
 
 
 def steps(run):
