@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 QUICK = "JLORA_QUICK"  # the variable that a notebook asks whether to take the shorter way
-SETTINGS = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parent), "PYTHONHASHSEED": "0"}
+SETTINGS = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(FOLDER.parent), "PYTHONHASHSEED": "0"}
 
 
 def run(path: Path, *, quick: bool) -> nbformat.NotebookNode:

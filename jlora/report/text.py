@@ -76,11 +76,11 @@ def _limits(widths: list[int]) -> list[int]:
 
 
 def short_path(path: str, limit: int) -> str:
-    """A path without modules in its middle, if its ends fit; if not, as it is."""
+    """A path without modules in its middle, if its first name and its last two fit; if not, as it is."""
     names = path.split("/")
-    head, tail = names[:1], names[-1:]
+    head, tail = names[:1], names[-2:]
     fits = lambda head, tail: columns("/".join([*head, "…", *tail])) <= limit
-    if columns(path) <= limit or len(names) < 3 or not fits(head, tail):
+    if columns(path) <= limit or len(names) < 4 or not fits(head, tail):
         return path
     while fits(head, longer := names[-len(tail) - 1 :]):
         tail = longer
