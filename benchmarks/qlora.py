@@ -2,7 +2,7 @@
 
     python benchmarks/qlora.py                          every base that the file of results lacks
     python benchmarks/qlora.py --rows dense nf4         these
-    python benchmarks/qlora.py --rows dense nf4 "nf4, QERA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
+    python benchmarks/qlora.py --rows dense "nf4, QPiSSA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
     python benchmarks/qlora.py --rows                   prints the table of what is there
     python benchmarks/qlora.py --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
 
@@ -41,7 +41,6 @@ BASES = {
     "nf4, QPiSSA": ["--quantize", "nf4"],
     "nf4, QERA": ["--quantize", "nf4"],
 }
-STARTS = {"nf4, LoftQ": jlora.quant.loftq, "nf4, QPiSSA": jlora.quant.qpissa}  # five iterations
 CALIBRATION = 96  # windows of the training set from which QERA knows the inputs
 HEADER = [
     "base",
@@ -96,11 +95,21 @@ def begun(name: str, weights: Any, train_set: np.ndarray, args: argparse.Namespa
     """The wrapped tree of a base, as training begins."""
     params = jax.tree.map(jnp.array, weights)
     tree = hamlet.adapt(PRETRAINED, params, args)
-    if name == "nf4, QERA":
-        forward = lambda params, ids: PRETRAINED.apply({"params": params}, ids)
-        batches = [train_set[i : i + hamlet.BATCH] for i in range(0, CALIBRATION, hamlet.BATCH)]
-        return jlora.quant.qera(forward, tree, params, batches, niter=4)
-    return STARTS[name](tree, params, iterations=5, niter=4) if name in STARTS else tree
+    return STARTS[name](tree, params, train_set) if name in STARTS else tree
+
+
+def from_inputs(tree: Any, params: Any, train_set: np.ndarray) -> Any:
+    """The tree with factors by QERA."""
+    forward = lambda params, ids: PRETRAINED.apply({"params": params}, ids)
+    batches = [train_set[i : i + hamlet.BATCH] for i in range(0, CALIBRATION, hamlet.BATCH)]
+    return jlora.quant.qera(forward, tree, params, batches, niter=4)
+
+
+STARTS = {
+    "nf4, LoftQ": lambda tree, params, _: jlora.quant.loftq(tree, params, iterations=5, niter=4),
+    "nf4, QPiSSA": lambda tree, params, _: jlora.quant.qpissa(tree, params, iterations=5, niter=4),
+    "nf4, QERA": from_inputs,
+}
 
 
 def noisy(weights: Any, size: float) -> Any:

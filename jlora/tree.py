@@ -161,7 +161,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
     if treedef != other_treedef:
         raise ValueError(
             f"combine: the trees differ{_difference(paths, others)}; it takes both halves of one partition "
-            "(of one that NNX holds in variables, nnx.as_pure)"
+            "(where NNX holds one in variables, give nnx.as_pure of it)"
         )
     joined = [_joined(path, a, b) for path, a, b in zip(paths, nodes, rest, strict=True)]
     return treedef.unflatten(joined)

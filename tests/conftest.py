@@ -1,7 +1,7 @@
 """Every test runs with eight CPU devices; warnings are errors (pyproject.toml).
 
-XLA makes its programs with LLVM's optimisations off: a fifth of the suite's time is saved, and what the tests measure
-is decided before. Flags of the environment go before these.
+XLA makes its programs with LLVM's optimisations off, which come after all that the tests of costs measure: fourteen of
+the laws took a fifth less of the processors' time. Flags of the environment win over these.
 """
 
 import os

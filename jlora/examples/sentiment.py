@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("sentences", nargs="*", default=list(SENTENCES), help="sentences to classify at the end")
     add("--quick", action="store_true", help="30 steps on 480 sentences, 256 held out: to see that all works")
     add("--out", type=Path, default=Path("runs/sentiment"), metavar="DIR", help="where files go (%(default)s)")
-    add("--epochs", metavar="N", type=count(1), default=3, help="passes over the training sentences (%(default)s)")
+    add("--epochs", metavar="N", type=count(1), default=2, help="passes over the training sentences (%(default)s)")
     add("--steps", metavar="N", type=count(0), help="batches of 32 to train on, instead of --epochs")
     add("--rank", metavar="N", type=count(1, MiniLM.width), default=8, help="rank of the adapters (%(default)s)")
     add("--lr", metavar="RATE", type=float, default=2e-3, help="peak learning rate (%(default)s)")

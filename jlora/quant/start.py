@@ -35,7 +35,7 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
     Args:
       tree: a wrapped tree whose adapted bases are quantised.
       params: the plain tree before it was quantised.
-      iterations: how often A and B are computed; the base of the first is W quantised, as it is in `tree`.
+      iterations: how often A and B are computed; the base of the first is that of `tree`.
       niter: rounds of subspace iteration in place of an exact decomposition, as of ``init="pissa_niter_16"``; use it
         for kernels of thousands of inputs, of which the exact one takes minutes each.
 
@@ -56,7 +56,8 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
     References:
       Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", arXiv:2310.08659.
     """
-    return _started("loftq", tree, params, "QF" * _times("loftq", iterations), niter)
+    again = _times("loftq", iterations) - 1
+    return _started(tree, _kernels("loftq", tree, params), "F" + again * "QF", niter)
 
 
 def qpissa(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = None) -> Any:
@@ -69,16 +70,12 @@ def qpissa(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = N
     References:
       Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv:2404.02948, section 4.
     """
-    return _started("qpissa", tree, params, "FQ" * _times("qpissa", iterations), niter)
+    again = _times("qpissa", iterations) - 1
+    return _started(tree, _kernels("qpissa", tree, params), "PQ" + again * "FQ", niter)
 
 
 def qera(
-    fn: Callable[[Any, Any], Any],
-    tree: Any,
-    params: Any,
-    batches: Iterable[Any],
-    *,
-    niter: int | None = None,
+    fn: Callable[[Any, Any], Any], tree: Any, params: Any, batches: Iterable[Any], *, niter: int | None = None
 ) -> Any:
     """As `loftq`, but the best factors for what quantising has changed of each layer's outputs on a few batches.
 
@@ -90,7 +87,8 @@ def qera(
       fn: an unchanged function ``fn(params, batch)``, such as a model's; its results need not be a loss, but gradients
         must be able to flow to them.
       tree, params: as of `loftq`.
-      batches: a few batches, each given to `fn` as it is; more rows in all than the widest kernel has inputs is best.
+      batches: a few batches, each given to `fn` as it is, with more rows (tokens) in all than the widest kernel has
+        inputs.
       niter: as of `loftq`.
 
     Returns:
@@ -114,15 +112,16 @@ def qera(
     References:
       Zhang et al., "QERA: an Analytical Framework for Quantization Error Reconstruction", arXiv:2410.06040, theorem 1.
     """
-    batches = some("qera", batches)
-    nodes = {path: node for path, node, _ in _bases("qera", tree, params)}
+    batches, kernels = some("qera", batches), _kernels("qera", tree, params)
+    nodes = dict(zip(*flatten(tree, is_unit)[:2], strict=True))
     paths, leaves, treedef = flatten(params, is_unit)
-    for group in _groups(nodes):
+    for group in _groups({path: nodes[path] for path in kernels}):
         probed = [
             dataclasses.replace(nodes[path], base=leaf) if path in group else leaf
             for path, leaf in zip(paths, leaves, strict=True)
         ]
-        tree = _started("qera", tree, params, "QF", niter, moments("qera", fn, treedef.unflatten(probed), batches))
+        inputs = moments("qera", fn, treedef.unflatten(probed), batches)
+        tree = _started(tree, {path: kernels[path] for path in group}, "F", niter, inputs)
     return tree
 
 
@@ -145,26 +144,24 @@ def _times(name: str, iterations: Any) -> int:
 
 
 def _started(
-    name: str, tree: Any, params: Any, steps: str, niter: int | None, measured: Mapping[str, jax.Array] | None = None
+    tree: Any, kernels: Mapping[str, Any], steps: str, niter: int | None, inputs: Mapping[str, jax.Array] | None = None
 ) -> Any:
-    """The tree with nodes that start together with their bases: all, or those of which the inputs were measured."""
-    kernels = {path: kernel for path, _, kernel in _bases(name, tree, params)}
+    """The tree with other factors, and bases if the steps make them, where it has these kernels, by path."""
     paths, leaves, treedef = flatten(tree, is_unit)
 
     def started(path: str, leaf: Any) -> Any:
-        if path not in (kernels if measured is None else measured):
+        if path not in kernels:
             return leaf
-        node = dataclasses.replace(leaf, base=None, start=())
-        inputs = None if measured is None else measured[path]
-        made = _together(node, kernels[path], inputs, Format.of(leaf.base), steps, niter)
+        node = dataclasses.replace(leaf, start=())
+        made = _together(node, kernels[path], (inputs or {}).get(path), Format.of(leaf.base), steps, niter)
         places = sharding.of_node(made, leaf.base)
         return made if places is None else jax.device_put(made, places)
 
     return treedef.unflatten([started(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
-def _bases(name: str, tree: Any, params: Any) -> list[tuple[str, Any, Any]]:
-    """Path, node and plain kernel of each adapter on a quantised base."""
+def _kernels(name: str, tree: Any, params: Any) -> dict[str, Any]:
+    """By path, the plain kernel of each adapter on a quantised base."""
     named = list(zip(*flatten(tree, is_unit)[:2], strict=True))
     plain = dict(zip(*flatten(params, is_unit)[:2], strict=True))
     if not any(_is_on_codes(leaf) for _, leaf in named):
@@ -177,7 +174,7 @@ def _bases(name: str, tree: Any, params: Any) -> list[tuple[str, Any, Any]]:
     for path, leaf in named:
         if _is_on_codes(leaf):
             _check(name, path, leaf, plain)
-    return [(path, leaf, plain[path]) for path, leaf in named if _is_on_codes(leaf)]
+    return {path: plain[path] for path, leaf in named if _is_on_codes(leaf)}
 
 
 def _is_on_codes(leaf: Any) -> bool:
@@ -199,15 +196,15 @@ def _check(name: str, path: str, node: Any, plain: Mapping[str, Any]) -> None:
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _together(node: Any, kernel: jax.Array, inputs: Any, form: Format, steps: str, niter: int | None) -> Any:
-    """The node after these steps in turn: F, factors for what the base leaves; Q, a base for what they leave."""
-    exact, base = kernel.astype(jnp.float32), None
+    """The node after steps in turn: P, factors for the kernel; F, for what the base leaves; Q, a base for the rest."""
+    exact, base = kernel.astype(jnp.float32), node.base
     node = dataclasses.replace(node, **{name: jnp.zeros_like(getattr(node, name)) for name in ("lora_a", "lora_b")})
     weighing = None if inputs is None else mapped(node, _root, inputs)
     for step in steps:
         if step == "Q":
             base = encode((exact - _update(node, exact)).astype(kernel.dtype), form)
         else:
-            node = _factored(node, exact if base is None else exact - dense(base, jnp.float32), weighing, niter)
+            node = _factored(node, exact if step == "P" else exact - dense(base, jnp.float32), weighing, niter)
     return dataclasses.replace(node, base=base)
 
 

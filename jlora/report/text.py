@@ -27,7 +27,7 @@ class Table:
 
     def __str__(self) -> str:
         rows, notes = self._text()
-        shown = [*lines(rows[: MAX_ROWS + 1], notes[: MAX_ROWS + 1])]
+        shown = [*lines(rows[: MAX_ROWS + 1], notes[: MAX_ROWS + 1])] if len(rows) > 1 else []
         left = len(rows) - 1 - MAX_ROWS
         more = [f"... {left} more {'row' if left == 1 else 'rows'}"] if left > 0 else []
         return "\n".join([*shown, *more, *(line for total in self.footer for line in textwrap.wrap(total, WIDTH))])

@@ -165,11 +165,11 @@ def test_the_probe_separates_what_is_separable():
 
 def test_settings():
     args = settings()
-    assert (args.train, args.held_out, args.steps, args.rank, args.lr) == (2000, 1000, 186, 8, 2e-3)
+    assert (args.train, args.held_out, args.steps, args.rank, args.lr) == (2000, 1000, 124, 8, 2e-3)
     assert len(args.sentences) >= 2
     assert settings("--quick").steps == 30
     assert settings("--quick", "--steps", "5").steps == 5
-    assert settings("--epochs", "2", "Fine.").steps == 124
+    assert settings("--epochs", "3", "Fine.").steps == 186
 
 
 @pytest.mark.parametrize("argv", [["--rank", "0"], ["--rank", "many"], ["--epochs", "-1"], ["--rank", "385"]])

@@ -201,6 +201,32 @@ def test_qera_of_kernels_one_by_one_and_of_tables(monkeypatch):
     assert error(lengths, jnp.full(4, 3**-0.5)) <= 1e-5
 
 
+def test_starts_keep_a_base_that_others_have_made():
+    """Of kernels that were rounded first, as a published base in 4 bits is: the factors make good that too."""
+    plain = params()
+    base = jlora.quant.quantize(jax.tree.map(lambda x: jnp.round(4 * x) / 4, plain))
+    tree = jlora.wrap(base, jlora.LoraSpec(rank=8))
+    for found in (jlora.quant.loftq(tree, plain), jlora.quant.qera(forward, tree, plain, [noise(256, 128)])):
+        assert same_bits(jlora.unwrap(found), base)
+        assert distance(jlora.merge(found, dtype=jnp.float32), plain) < distance(
+            jlora.merge(tree, dtype=jnp.float32), plain
+        )
+
+
+def test_qera_is_placed_as_the_base():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = lambda x, *spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+    plain = placed(params())
+    plain["up"]["kernel"] = placed(plain["up"]["kernel"], "model")
+    tree = jlora.wrap(jlora.quant.quantize(plain), SPEC)
+    found = jlora.quant.qera(forward, tree, plain, [noise(256, 128)])
+    alike = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), found, tree)
+    assert all(jax.tree.leaves(alike))
+    alone = jlora.quant.qera(forward, jlora.wrap(quantised(), SPEC), params(), [noise(256, 128)])
+    update = lambda tree: tree["up"]["kernel"].lora_a @ tree["up"]["kernel"].lora_b
+    assert error(update(found), update(alone)) <= 1e-3
+
+
 def test_qera_refuses():
     tree = jlora.wrap(quantised(), SPEC)
     with pytest.raises(ValueError, match="qera: batches is empty"):

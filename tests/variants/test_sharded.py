@@ -40,7 +40,10 @@ def placed(mesh, params):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, base_specs(params))
 
 
-PLACED = [("lora", use) for use in ("dense", "stacked", "multi_axis")] + [
+PLACED = [
+    ("lora", "dense"),
+    ("lora", "stacked"),
+    ("lora", "multi_axis"),
     ("oft", "stacked"),
     ("lora+layers", "stacked"),
 ]
