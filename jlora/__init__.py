@@ -8,10 +8,9 @@ from jlora import checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.axes import Axes
 from jlora.convert import fold_and_restart, to_plain_lora
-from jlora.interpret.sites import sites
 from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
-from jlora.report import explain, summary
+from jlora.report import explain, sites, summary
 from jlora.spec import LoraSpec
 from jlora.tree import MergePrecisionWarning, combine, labels, merge, partition, unwrap
 from jlora.wrap import wrap

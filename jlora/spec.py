@@ -18,6 +18,7 @@ from jlora.validate import (
     check_known,
     float_dtype,
     indices,
+    known_settings,
     mapping,
     override,
     patterns,
@@ -28,6 +29,7 @@ from jlora.validate import (
 from jlora.variants import VARIANTS
 
 
+@known_settings
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
     """What to adapt, and how. Plain data: it round-trips through JSON, YAML and TOML.
@@ -63,6 +65,7 @@ class LoraSpec:
 
     Raises:
       ValueError: if a setting is out of its range; the message names it, what was found and what is expected.
+      TypeError: if there is no such setting.
 
     Example:
       >>> spec = LoraSpec(targets=("query", "value"), rank=4, alpha=8)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,26 @@ from jlora.variants import VARIANTS
 if TYPE_CHECKING:
     from jlora.spec import LoraSpec
 
+T = TypeVar("T")
+
 BIASES = ("none", "all", "lora_only")
+PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "target_parameters": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "train",
+    "layers_to_transform": "layers",
+    "layers_pattern": "layers_name",
+    "rank_pattern": "overrides",
+    "alpha_pattern": "overrides",
+    "trainable_token_indices": "train_tokens",
+    "init_lora_weights": "init",
+    "use_rslora": 'scaling="rslora"',
+    "use_dora": 'variant="dora"',
+}
 OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "variant", "options", "dtype")
 
 
@@ -163,12 +183,26 @@ def expect(holds: bool, name: str, expected: str, found: Any) -> None:
         raise ValueError(f"LoraSpec: {name} must be {expected}, found {found!r}")
 
 
-def check_known(where: str, data: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_known(where: str, data: Mapping[str, Any], names: Sequence[str], error: type[Exception] = ValueError) -> None:
     for name in data:
         if name not in names:
-            raise ValueError(
-                f"{where} has no setting {name!r}{nearest(name, names)} (it has {', '.join(names) or 'none'})"
-            )
+            ours = PEFT_NAMES.get(name) if "rank" in names else None
+            hint = f"; PEFT's {name} is {ours} here, and LoraSpec.from_peft takes PEFT's own settings" if ours else ""
+            known = ", ".join(names) or "none"
+            raise error(f"{where} has no setting {name!r}{hint or nearest(name, names)} (it has {known})")
+
+
+def known_settings(cls: type[T]) -> type[T]:
+    """Gives a dataclass a constructor that tells an unknown setting from its nearest, and from PEFT's names."""
+    init, names = cls.__init__, [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **settings: Any) -> None:
+        check_known(cls.__name__, settings, names, TypeError)
+        init(self, *args, **settings)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:

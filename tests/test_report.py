@@ -488,7 +488,7 @@ def test_explanation_in_html():
     table = jlora.explain(squashed, *wide())
     text = Page(table._repr_html_()).text()
     ratios = [f"{a / b:.3f}x of the plain model's" for a, b in (table.flops, table.bytes_accessed)]
-    assert "uses 2 uses: 1 factored, 1 dense FLOPs " + ratios[0] in text and "bytes moved " + ratios[1] in text
+    assert "uses 2 uses: 1 factored, 1 dense FLOPs " + ratios[0] in text and "bytes " + ratios[1] in text
     assert "parameters " in text and "0.58%" in text
     up = f"up dense (512, 1024) · other · tanh · test_report.py:{squashed.__code__.co_firstlineno + 1} (squashed)"
     assert f"{up} {table.uses[0].reason}" in text

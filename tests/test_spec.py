@@ -1,6 +1,7 @@
 """`LoraSpec`: its defaults, what it refuses, the scale, overrides, and the way through files."""
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -287,6 +288,23 @@ def test_absent_settings_take_their_defaults():
 def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ValueError, match=r"LoraSpec has no setting 'tragets'; did you mean 'targets'\?"):
         LoraSpec.from_dict({"tragets": "query"})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("r", "PEFT's r is rank here"),
+        ("use_dora", 'PEFT\'s use_dora is variant="dora" here'),
+        ("rnk", "did you mean 'rank'"),
+    ],
+)
+def test_constructor_names_the_setting_that_was_meant(name, hint):
+    with pytest.raises(TypeError, match=f"LoraSpec has no setting {name!r}; {hint}"):
+        LoraSpec(**{name: 8})
+
+
+def test_constructor_shows_its_settings():
+    assert list(inspect.signature(LoraSpec).parameters)[:3] == ["targets", "exclude", "rank"]
 
 
 def test_a_compiled_regex_comes_back_as_its_text():

@@ -1,4 +1,4 @@
-"""`sites`: the same walk with axis bookkeeping only. Answers how a function uses each leaf of its parameters.
+"""The same walk with axis bookkeeping only. Answers how a function uses each leaf of its parameters.
 
 A probe follows a leaf through views as a factored weight does. It has one factor for each axis of the leaf, which owns
 that axis alone; so wherever the leaf is used, the factors tell which of its axes the use contracts, produces or stacks.
@@ -8,7 +8,7 @@ An axis that no factor owns any more was taken away by a scan, a slice or an ind
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -47,38 +47,16 @@ class Site:
         multiplied (tied) is an embedding.
       axes: the leaf's axes; None where its uses tell none or contradict each other.
       uses: every use, in the order of the program; none for a leaf that is not used.
+      shape: the leaf's.
     """
 
     kind: str
     axes: Axes | None
     uses: tuple[Use, ...]
+    shape: tuple[int, ...]
 
     def describe(self) -> str:
         return "; ".join(f"{use.kind} ({use.primitive}) {use.axes or ''} {use.source}".strip() for use in self.uses)
-
-
-class Sites(Mapping[str, Site]):
-    """What `sites` found, by path; prints as a table."""
-
-    def __init__(self, found: dict[str, Site], shapes: dict[str, tuple[int, ...]]) -> None:
-        self._found = found
-        self._shapes = shapes
-
-    def __getitem__(self, path: str) -> Site:
-        return self._found[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def __repr__(self) -> str:
-        groups = lambda axes: "" if axes is None else f"{axes.in_axis} {axes.out_axis} {axes.batch_axis or ''}"
-        rows = [("path", "shape", "kind", "uses", "in, out, batch axes")]
-        rows += [(p, str(self._shapes[p]), s.kind, str(len(s.uses)), groups(s.axes)) for p, s in self.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @jax.tree_util.register_dataclass
@@ -107,26 +85,8 @@ class Probe(Tracked):
         return {owner for owner, factor in pairs if wanted & set(self.owned(factor))}
 
 
-def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
-    """Finds how a function uses each leaf of its parameters, by tracing it once, abstractly.
-
-    Args:
-      fn: a function of a parameter tree and more arguments, such as ``model.apply``.
-      params: the tree, of arrays or of `jax.ShapeDtypeStruct`s.
-      *args, **kwargs: the other arguments; arrays may be `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      For each leaf's path its `Site`: kind, axes and uses. It prints as a table, and `jlora.wrap` takes it.
-
-    Example:
-      >>> import jax.numpy as jnp, jlora
-      >>> params = {"query": jnp.ones((8, 2, 4)), "scale": jnp.ones(8)}
-      >>> fn = lambda p, x: jnp.einsum("td,dhk->thk", x * p["scale"], p["query"])
-      >>> jlora.sites(fn, params, jnp.ones((5, 8)))
-      path   shape      kind   uses  in, out, batch axes
-      query  (8, 2, 4)  dot    1     (0,) (1, 2)
-      scale  (8,)       other  1
-    """
+def observe(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> dict[str, Site]:
+    """How a function uses each leaf of its first argument, by path; traces it once, abstractly."""
     paths, leaves, treedef = flatten(params, is_qarray)
     leaves = [abstract(leaf) for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
@@ -146,7 +106,7 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
         interpreter.arrays(interpreter.run(jax.make_jaxpr(plain)(bases), probes), None, "the function returns it")
 
     jax.eval_shape(walk, [leaves[i] for i in places], arrays)
-    return Sites({path: _site(tuple(uses.values())) for path, uses in observer.uses.items()}, shapes)
+    return {path: _site(tuple(uses.values()), shapes[path]) for path, uses in observer.uses.items()}
 
 
 def _probe(path: str, base: Any) -> Probe:
@@ -269,15 +229,15 @@ def _split(ins: set[int], outs: set[int], batch: set[int]) -> Axes | None:
     return Axes(tuple(sorted(ins)), tuple(sorted(outs)), tuple(sorted(batch)))
 
 
-def _site(uses: tuple[Use, ...]) -> Site:
+def _site(uses: tuple[Use, ...], shape: tuple[int, ...]) -> Site:
     lookups = [use for use in uses if use.kind == "embedding" and use.axes]
     products = [use for use in uses if use.kind not in ("other", "embedding")]
     telling = lookups or [use for use in products if use.axes and use.axes.in_axis and use.axes.out_axis]
     if not telling:
-        return Site("other", None, uses)
+        return Site("other", None, uses, shape)
     axes = telling[0].axes
     agree = all(use.axes is not None and _groups(use.axes) == _groups(axes) for use in telling)
-    return Site(telling[0].kind, axes if agree else None, uses)
+    return Site(telling[0].kind, axes if agree else None, uses, shape)
 
 
 def _groups(axes: Axes | None) -> Any:

@@ -1,7 +1,8 @@
-"""What of a wrapped tree is adapted, and how a function uses it: `summary` and `explain`, as text and as HTML."""
+"""How a function uses a tree, and what of one is adapted: `sites`, `summary` and `explain`."""
 
 from jlora.report.explain import Explanation, Use, explain
+from jlora.report.sites import Sites, sites
 from jlora.report.summary import Summary, summary
 from jlora.report.text import Table
 
-__all__ = ["Explanation", "Summary", "Table", "Use", "explain", "summary"]
+__all__ = ["Explanation", "Sites", "Summary", "Table", "Use", "explain", "sites", "summary"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -132,12 +132,32 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
     flops, moved = pair("flops"), pair("bytes accessed")
     rows = tuple((u.path, str(u.shape), u.kind, _how(u), u.reason or u.primitive, _tail(u.source)) for u in uses)
     costs = [
-        f"forward {name}: {show(values[0])}, {_ratio(values)} of the plain model's"
-        for name, values, show in (("FLOPs", flops, _flops), ("bytes before fusion", moved, in_bytes))
-        if values
+        f"forward {cost.name}{cost.when}: {cost.show(cost.adapted)}, {cost.ratio} of the plain model's"
+        for cost in _costs(flops, moved)
     ]
     header = ("path", "shape", "kind", "computed", "by", "at")
     return Explanation(header, rows, (_counts(uses), *costs, *sums.lines), uses, flops, moved, sums)
+
+
+class _Cost(NamedTuple):
+    """A cost of the forward pass: what it counts, where that is not plain, and how a number of it reads."""
+
+    name: str
+    when: str
+    show: Callable[[float], str]
+    adapted: float
+    plain: float
+
+    @property
+    def ratio(self) -> str:
+        return f"{self.adapted / max(self.plain, 1):.3f}x"
+
+
+def _costs(flops: tuple[float, float] | None, moved: tuple[float, float] | None) -> list[_Cost]:
+    """What XLA tells."""
+    in_flops = lambda n: short(n, "G")
+    found = (("FLOPs", "", in_flops, flops), ("bytes", " before fusion", in_bytes, moved))
+    return [_Cost(*words, *values) for *words, values in found if values]  # type: ignore[call-arg]
 
 
 def _counts(uses: Sequence[Use]) -> str:
@@ -154,14 +174,6 @@ def _why(use: Use) -> str:
     return use.reason if named else f"{use.primitive}: {use.reason}"
 
 
-def _ratio(values: tuple[float, float]) -> str:
-    return f"{values[0] / max(values[1], 1):.3f}x"
-
-
-def _flops(n: float) -> str:
-    return short(n, "G")
-
-
 def _tail(source: str) -> str:
     return source.rpartition("/")[2]
 
@@ -173,14 +185,10 @@ def _line(source: str) -> str:
 def _page(table: Explanation) -> str:
     dense = sum(not use.factored for use in table.uses)
     gauges = [Gauge("uses", [("factored", len(table.uses) - dense), ("dense", dense)], "", _counts(table.uses))]
-    for name, values, show, when in (
-        ("FLOPs", table.flops, _flops, "forward"),
-        ("bytes moved", table.bytes_accessed, in_bytes, "forward, before fusion"),
-    ):
-        if values:
-            told = f"of the plain model's: {show(values[0])} for {show(values[1])}, {when}"
-            more = max(values[0] - values[1], 0)
-            gauges.append(Gauge(name, [("plain", values[1]), ("adapted", more)], _ratio(values), told))
+    for cost in _costs(table.flops, table.bytes_accessed):
+        told = f"of the plain model's: {cost.show(cost.adapted)} for {cost.show(cost.plain)}, forward{cost.when}"
+        parts = [("plain", cost.plain), ("adapted", max(cost.adapted - cost.plain, 0))]
+        gauges.append(Gauge(cost.name, parts, cost.ratio, told))
     if table.totals:
         gauges += trained_gauges(table.totals)
     return page([(use.path, _row(use)) for use in table.uses], gauges)

@@ -68,6 +68,8 @@ class Summary(Table):
 def summary(tree: Any) -> Summary:
     """What of a wrapped tree is adapted and what trains: shapes, ranks, parameters, percent, bytes.
 
+    Percent are of all that the tree holds, the adapters among it, as PEFT counts.
+
     Prints as text of eighty columns, where layers that are alike share a row; in a notebook it shows as a tree that
     folds, of all leaves. `rows` has every wrapped leaf.
 

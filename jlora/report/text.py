@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ class Table:
 
     def __str__(self) -> str:
         rows, notes = self._text()
+        rows = _told(rows)
         shown = [*lines(rows[: MAX_ROWS + 1], notes[: MAX_ROWS + 1])] if len(rows) > 1 else []
         left = len(rows) - 1 - MAX_ROWS
         more = [f"... {left} more {'row' if left == 1 else 'rows'}"] if left > 0 else []
@@ -37,6 +39,12 @@ class Table:
     def _text(self) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
         """The rows as text has them, the header first, and for each what is said below it."""
         return [self.header, *self.rows], [""] * (1 + len(self.rows))
+
+
+def _told(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The columns that say something in some row."""
+    said = [any(cells) for cells in zip(*rows[1:], strict=True)]
+    return [tuple(itertools.compress(row, said)) for row in rows]
 
 
 def with_counts(header: Sequence[str], rows: Sequence[Sequence[str]], counts: Sequence[int]) -> list[Sequence[str]]:
