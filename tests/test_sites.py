@@ -201,6 +201,12 @@ def test_it_is_a_mapping():
         found["other"]
 
 
+def test_layers_that_are_alike_share_a_row():
+    fn = lambda p, x: functools.reduce(lambda x, name: x @ p[name], sorted(p), x)
+    table = str(jlora.sites(fn, {f"w_{i}": SHAPE((6, 6), jnp.float32) for i in range(3)}, WHOLE))
+    assert table == ("path      count  shape   kind  uses  in    out\nw_{0..2}  3x     (6, 6)  dot   1     (0,)  (1,)")
+
+
 def test_table():
     def fn(p, x):
         layer = lambda x, w: (x + jnp.einsum("nd,dhk->nhk", x, w).sum(), None)
@@ -208,8 +214,8 @@ def test_table():
 
     params = {"layers": {"w": SHAPE((3, 6, 2, 4), jnp.float32)}, "norm": SHAPE((6,), jnp.float32)}
     assert str(jlora.sites(fn, params, WHOLE)) == (
-        "path      shape         kind   uses  in, out, batch axes\n"
-        "layers/w  (3, 6, 2, 4)  dot    1     (1,) (2, 3) (0,)\n"
+        "path      shape         kind   uses  in    out     batch\n"
+        "layers/w  (3, 6, 2, 4)  dot    1     (1,)  (2, 3)  (0,)\n"
         "norm      (6,)          other  1"
     )
 
