@@ -49,8 +49,9 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
         _disjoint("targets", targets, "train_tokens", {*tokens})
     _disjoint("train", full, "train_tokens", {*tokens})
     if not targets and not full and not tokens and spec.bias != "all":
+        but = f" but exclude={_shown(spec.exclude)}" if spec.exclude else ""
         raise ValueError(
-            f"wrap: targets={_shown(spec.targets)} with exclude={_shown(spec.exclude)} leaves nothing to adapt. "
+            f"wrap: no leaf is a kernel of targets={_shown(spec.targets)}{but}. "
             f"The tree's leaves are {_some(paths)}. Kernels of other names than kernel and w are found by "
             "jlora.wrap(params, spec, sites=jlora.sites(fn, params, *args)), or name them in targets"
         )

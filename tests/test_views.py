@@ -109,7 +109,9 @@ PAGES = {
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("plain", "JupyterLab, dark") else pytest.mark.slow) for n in PAGES]
+)
 def test_colours_are_those_of_the_page(name, tmp_path):
     """What the notebook tells goes before what the system tells."""
     page, flags, palette = PAGES[name]
@@ -180,7 +182,7 @@ def test_styles_do_not_leak(tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [300, 400, 900])
+@pytest.mark.parametrize("width", [300, pytest.param(400, marks=pytest.mark.slow), 900])
 def test_nothing_is_cut_or_sticks_out(width, tmp_path):
     name = "a" * 300
     odd = jlora.wrap({name: {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}, jlora.LoraSpec(rank=1))

@@ -364,8 +364,8 @@ ERRORS = {
     "target_of_a_bias": ({"targets": "mlp/bias"}, ["'mlp/bias'", MLP_BIAS, "no", "train="]),
     "target_of_a_norm": ({"targets": "norm"}, ["'norm'", "block/norm/scale", "train="]),
     "target_and_train": ({"targets": "mlp", "train": "mlp/kernel"}, [MLP, "targets", "train"]),
-    "all_excluded": ({"exclude": ["mlp", "query"]}, ["leaves nothing to adapt", "('mlp', 'query')"]),
-    "function_of_nothing": ({"targets": lambda path, leaf: False}, ["leaves nothing to adapt", "block/"]),
+    "all_excluded": ({"exclude": ["mlp", "query"]}, ["no leaf is a kernel of", "('mlp', 'query')"]),
+    "function_of_nothing": ({"targets": lambda path, leaf: False}, ["no leaf is a kernel of", "block/"]),
     "no_such_bias": ({"targets": "embed", "bias": "lora_only"}, ["bias='lora_only'", "no such bias"]),
     "rank_too_large": ({"rank": 6}, ["rank 6", MLP, "(6, 5)", "at most 5", "overrides="]),
     "axes_too_many": ({"axes": {"mlp/kernel": Axes(0, (1, 2))}}, [MLP, "(6, 5)", "does not fit", "2 axes"]),
@@ -413,7 +413,7 @@ def test_the_spec_is_a_lora_spec(wrong):
 
 @pytest.mark.parametrize("empty", [{}, [], None])
 def test_an_empty_tree_has_nothing_to_adapt(empty):
-    with pytest.raises(ValueError, match="nothing to adapt"):
+    with pytest.raises(ValueError, match="no leaf is a kernel of targets"):
         wrap(empty, spec())
 
 

@@ -16,11 +16,13 @@ def test_what_some_processes_save_others_load(saved_by, loaded_by, writes, reads
     run(POD, "load", tmp_path, APIS[reads], saved_by, count=loaded_by, devices=4 // loaded_by)
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     run(POD, "differ", tmp_path, APIS[0], count=2, devices=2)
     run(POD, "few_bytes", tmp_path, APIS[0], count=2, devices=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 def test_arrays_that_are_cut_are_refused(api, tmp_path):
     run(POD, "cut", tmp_path, api, devices=4)

@@ -80,6 +80,7 @@ def test_the_adapter_that_is_written_is_the_one_that_was_trained(whole):
     np.testing.assert_allclose(logits(read), logits(host), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_to_the_bit(whole, tmp_path, monkeypatch, capsys):
     add = metrics.Recorder.add
 

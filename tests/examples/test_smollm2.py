@@ -114,6 +114,7 @@ def test_a_head_of_its_own(tensors, params):
     )
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(params):
     def gradient(model):
         return jax.grad(lambda p: smollm2.next_token_losses(model.apply({"params": p}, IDS), IDS).mean())(params)
@@ -191,6 +192,7 @@ def test_perplexity_is_that_of_the_next_token(params):
     assert smollm2.perplexity(params, IDS, TINY) == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_generation_takes_the_likeliest_token_each_time(params):
     prompt = [5, 0, 17]
     tokens, at = filled(params, prompt, 9)

@@ -68,7 +68,10 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("gradient", [GRADIENT, WHOLE], ids=["with_holes", "of_the_whole_tree"])
+@pytest.mark.parametrize(
+    "gradient",
+    [pytest.param(GRADIENT, id="with_holes"), pytest.param(WHOLE, id="of_the_whole_tree", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_frozen_leaves_keep_every_bit(name, gradient):
     after, _ = train(jlora.optimizer(TRANSFORMS[name], wrapped()), wrapped(), gradient)

@@ -676,7 +676,14 @@ def trained(case: Case, state: dict[str, np.ndarray]) -> dict[str, Any]:
     return nested(leaves | full)
 
 
-@pytest.mark.parametrize(("name", "size"), [(name, size) for name, case in CASES.items() for size in case.sizes])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[] if size == case.sizes[-1] else pytest.mark.slow)
+        for name, case in CASES.items()
+        for size in case.sizes
+    ],
+)
 def test_a_ready_map_is_its_layouts(name, size, tmp_path):
     case = CASES[name]
     state = case.state(size)

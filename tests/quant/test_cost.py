@@ -142,7 +142,11 @@ def test_flops_are_those_of_the_products():
     assert flops(ours) <= flops(dense) + 2 * 3 * weights
 
 
-BITS = [("nf4", False, 4.6), ("nf4", True, 4.2), ("int4", False, 4.6), ("int8", False, 8.6), ("fp8", False, 8.6)]
+BITS = [("nf4", True, 4.2)]
+BITS += [
+    pytest.param(*base, marks=pytest.mark.slow)
+    for base in [("nf4", False, 4.6), ("int4", False, 4.6), ("int8", False, 8.6), ("fp8", False, 8.6)]
+]
 
 
 @pytest.mark.parametrize("dtype, double_quant, most", BITS)

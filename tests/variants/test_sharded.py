@@ -136,9 +136,8 @@ def on_mesh(mode, mesh, model, specs):
 REFUSED = {(kind, "manual, apply inside") for kind in ("oft", "boft", "lokr")}
 
 
-APPLIED = [("lora", "mlp"), ("dora", "mlp"), ("loha", "mlp"), ("ia3", "mlp"), ("oft", "mlp")]
-APPLIED += [("lora", "layers"), ("lora+layers", "layers"), ("lora", "heads")]
-MORE = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa")]
+APPLIED = [("lora", "mlp"), ("dora", "mlp"), ("oft", "mlp"), ("lora+layers", "layers"), ("lora", "heads")]
+MORE = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa")] + [("lora", "layers")]
 MORE += [("dora", "layers"), ("oft", "layers"), ("oft", "heads")]
 APPLIED += [pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE if pair not in APPLIED]
 
