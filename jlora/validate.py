@@ -186,8 +186,11 @@ def expect(holds: bool, name: str, expected: str, found: Any) -> None:
 def check_known(where: str, data: Mapping[str, Any], names: Sequence[str], error: type[Exception] = ValueError) -> None:
     for name in data:
         if name not in names:
-            ours = PEFT_NAMES.get(name) if "rank" in names else None
-            hint = f"; PEFT's {name} is {ours} here, and LoraSpec.from_peft takes PEFT's own settings" if ours else ""
+            ours = PEFT_NAMES.get(name, "")
+            is_here = ours.partition("=")[0] in names
+            hint = (
+                f"; PEFT's {name} is {ours} here, and LoraSpec.from_peft takes PEFT's own settings" if is_here else ""
+            )
             known = ", ".join(names) or "none"
             raise error(f"{where} has no setting {name!r}{hint or nearest(name, names)} (it has {known})")
 

@@ -22,8 +22,9 @@ from tests.support import error
 
 TOLERANCE = 2e-5
 checked = settings(
-    deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=list(HealthCheck)
+    deadline=None, derandomize=True, max_examples=60, database=None, suppress_health_check=list(HealthCheck)
 )
+checked_less = settings(checked, max_examples=40)
 sizes = st.integers(1, 4)
 
 
@@ -368,7 +369,7 @@ OVER_A_STACK: dict[str, Callable] = {
 
 
 @pytest.mark.slow
-@checked
+@checked_less
 @given(chains(3), st.lists(st.sampled_from(list(AROUND)), min_size=1, max_size=2))
 def test_chain_inside_control_flow(chain, around):
     fn = chain
@@ -378,7 +379,7 @@ def test_chain_inside_control_flow(chain, around):
 
 
 @pytest.mark.slow
-@checked
+@checked_less
 @given(chains(3), st.sampled_from(list(OVER_A_STACK)), st.sampled_from(["in_axis", "out_axis", "batch_axis"]))
 def test_chain_over_a_stack(chain, over, part):
     """Stacked kernels one by one; the axis of the stack may be any part of the kernel's axes."""

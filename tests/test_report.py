@@ -215,6 +215,13 @@ def check_text(table):
     assert all(line.isprintable() for line in lines)
 
 
+def test_columns_that_say_nothing_are_left_out():
+    """But for the path, which is empty where the tree is one leaf."""
+    table = jlora.summary(jlora.wrap(jnp.ones((4, 4)), jlora.LoraSpec(targets=lambda *_: True, variant="ia3")))
+    header, row, _ = str(table).split("\n")
+    assert header.split() == ["path", "shape", "adapter", "trainable"] and row.split() == ["(4,", "4)", "ia3", "4"]
+
+
 NAMES = st.text(st.characters(exclude_characters="/"), min_size=1, max_size=60)
 
 
@@ -415,7 +422,7 @@ def test_footer():
     assert uses == "2 uses: 1 factored, 1 dense"
     ratio = table.flops[0] / table.flops[1]
     assert flops == f"forward FLOPs: {table.flops[0] / 1e6:.1f}M, {ratio:.3f}x of the plain model's"
-    assert moved.startswith("forward bytes before fusion: ") and moved.endswith("x of the plain model's")
+    assert moved.startswith("forward bytes moved before fusion: ") and moved.endswith("x of the plain model's")
     assert trained == jlora.summary(wide()[0]).footer[0] and "%" in trained and "KiB" in trained
 
 
@@ -488,7 +495,7 @@ def test_explanation_in_html():
     table = jlora.explain(squashed, *wide())
     text = Page(table._repr_html_()).text()
     ratios = [f"{a / b:.3f}x of the plain model's" for a, b in (table.flops, table.bytes_accessed)]
-    assert "uses 2 uses: 1 factored, 1 dense FLOPs " + ratios[0] in text and "bytes " + ratios[1] in text
+    assert "uses 2 uses: 1 factored, 1 dense FLOPs " + ratios[0] in text and "bytes moved " + ratios[1] in text
     assert "parameters " in text and "0.58%" in text
     up = f"up dense (512, 1024) · other · tanh · test_report.py:{squashed.__code__.co_firstlineno + 1} (squashed)"
     assert f"{up} {table.uses[0].reason}" in text

@@ -15,6 +15,7 @@ import yaml
 
 from jlora import Axes, LoraSpec, wrap
 from jlora.paths import matcher
+from jlora.validate import PEFT_NAMES
 
 SPECS = {
     "default": LoraSpec(),
@@ -290,17 +291,20 @@ def test_an_unknown_setting_names_the_nearest():
         LoraSpec.from_dict({"tragets": "query"})
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("r", "PEFT's r is rank here"),
-        ("use_dora", 'PEFT\'s use_dora is variant="dora" here'),
-        ("rnk", "did you mean 'rank'"),
-    ],
-)
+HINTS = {name: f"PEFT's {name} is {ours} here" for name, ours in PEFT_NAMES.items()} | {"rnk": "did you mean 'rank'"}
+
+
+@pytest.mark.parametrize(("name", "hint"), HINTS.items())
 def test_constructor_names_the_setting_that_was_meant(name, hint):
     with pytest.raises(TypeError, match=f"LoraSpec has no setting {name!r}; {hint}"):
         LoraSpec(**{name: 8})
+
+
+def test_pefts_names_are_told_where_ours_are_known():
+    with pytest.raises(ValueError, match=r"overrides\['mlp'\] has no setting 'r'; PEFT's r is rank here"):
+        LoraSpec(overrides={"mlp": {"r": 4}})
+    with pytest.raises(ValueError, match=r"overrides\['mlp'\] has no setting 'target_modules' \(it has rank"):
+        LoraSpec(overrides={"mlp": {"target_modules": ["query"]}})
 
 
 def test_constructor_shows_its_settings():

@@ -132,7 +132,8 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
     flops, moved = pair("flops"), pair("bytes accessed")
     rows = tuple((u.path, str(u.shape), u.kind, _how(u), u.reason or u.primitive, _tail(u.source)) for u in uses)
     costs = [
-        f"forward {cost.name}{cost.when}: {cost.show(cost.adapted)}, {cost.ratio} of the plain model's"
+        f"{' '.join(filter(None, ('forward', cost.name, cost.when)))}: {cost.show(cost.adapted)}, "
+        f"{cost.ratio} of the plain model's"
         for cost in _costs(flops, moved)
     ]
     header = ("path", "shape", "kind", "computed", "by", "at")
@@ -140,7 +141,7 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
 
 
 class _Cost(NamedTuple):
-    """A cost of the forward pass: what it counts, where that is not plain, and how a number of it reads."""
+    """A cost of the forward pass: what it counts, of which state of the program, and how a number of it reads."""
 
     name: str
     when: str
@@ -156,7 +157,7 @@ class _Cost(NamedTuple):
 def _costs(flops: tuple[float, float] | None, moved: tuple[float, float] | None) -> list[_Cost]:
     """What XLA tells."""
     in_flops = lambda n: short(n, "G")
-    found = (("FLOPs", "", in_flops, flops), ("bytes", " before fusion", in_bytes, moved))
+    found = (("FLOPs", "", in_flops, flops), ("bytes moved", "before fusion", in_bytes, moved))
     return [_Cost(*words, *values) for *words, values in found if values]  # type: ignore[call-arg]
 
 
@@ -186,7 +187,8 @@ def _page(table: Explanation) -> str:
     dense = sum(not use.factored for use in table.uses)
     gauges = [Gauge("uses", [("factored", len(table.uses) - dense), ("dense", dense)], "", _counts(table.uses))]
     for cost in _costs(table.flops, table.bytes_accessed):
-        told = f"of the plain model's: {cost.show(cost.adapted)} for {cost.show(cost.plain)}, forward{cost.when}"
+        when = ", ".join(filter(None, ("forward", cost.when)))
+        told = f"of the plain model's: {cost.show(cost.adapted)} for {cost.show(cost.plain)}, {when}"
         parts = [("plain", cost.plain), ("adapted", max(cost.adapted - cost.plain, 0))]
         gauges.append(Gauge(cost.name, parts, cost.ratio, told))
     if table.totals:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jlora.interpret.sites import Site, observe
 from jlora.report.groups import grouped, name_of, title
-from jlora.report.text import Table, with_counts
+from jlora.report.text import as_text, with_counts
 
 HEADER = ("path", "shape", "kind", "uses", "in", "out", "batch")
 
@@ -30,8 +30,7 @@ class Sites(Mapping[str, Site]):
     def __repr__(self) -> str:
         found: Any = grouped((name_of(path), 1, _cells(site)) for path, site in self.items())
         rows = [(title(name), *cells) for name, _, cells in found]
-        header, *rows = with_counts(HEADER, rows, [count for _, count, _ in found])
-        return str(Table(tuple(header), tuple(map(tuple, rows)), ()))
+        return as_text(with_counts(HEADER, rows, [count for _, count, _ in found]), [""] * (1 + len(rows)))
 
 
 def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:

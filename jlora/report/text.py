@@ -27,12 +27,7 @@ class Table:
     footer: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows, notes = self._text()
-        rows = _told(rows)
-        shown = [*lines(rows[: MAX_ROWS + 1], notes[: MAX_ROWS + 1])] if len(rows) > 1 else []
-        left = len(rows) - 1 - MAX_ROWS
-        more = [f"... {left} more {'row' if left == 1 else 'rows'}"] if left > 0 else []
-        return "\n".join([*shown, *more, *(line for total in self.footer for line in textwrap.wrap(total, WIDTH))])
+        return as_text(*self._text(), self.footer)
 
     __repr__ = __str__
 
@@ -41,10 +36,18 @@ class Table:
         return [self.header, *self.rows], [""] * (1 + len(self.rows))
 
 
-def _told(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """The columns that say something in some row."""
-    said = [any(cells) for cells in zip(*rows[1:], strict=True)]
-    return [tuple(itertools.compress(row, said)) for row in rows]
+def as_text(rows: Sequence[Sequence[str]], notes: Sequence[str], footer: Sequence[str] = ()) -> str:
+    """Rows, the header first, with what is said below each, and the lines below all; nothing for a header alone."""
+    shown = [*lines(_columns_that_tell(rows[: MAX_ROWS + 1]), notes[: MAX_ROWS + 1])] if len(rows) > 1 else []
+    left = len(rows) - 1 - MAX_ROWS
+    more = [f"... {left} more {'row' if left == 1 else 'rows'}"] if left > 0 else []
+    return "\n".join([*shown, *more, *(line for total in footer for line in textwrap.wrap(total, WIDTH))])
+
+
+def _columns_that_tell(rows: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Without the columns after the path that are empty below the header."""
+    told = [place == 0 or any(cells) for place, cells in enumerate(zip(*rows[1:], strict=True))]
+    return [tuple(itertools.compress(row, told)) for row in rows]
 
 
 def with_counts(header: Sequence[str], rows: Sequence[Sequence[str]], counts: Sequence[int]) -> list[Sequence[str]]:
