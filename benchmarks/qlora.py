@@ -28,7 +28,7 @@ import jlora
 from jlora.examples import hamlet
 from jlora.examples.fetch import HAMLET, SMOLLM2, fetch
 from jlora.examples.smollm2 import PRETRAINED, load_params, load_tokenizer, perplexity
-from jlora.qarray import nbits
+from jlora.nodes.qarray import nbits
 
 BASES = {
     "dense": [],

@@ -6,13 +6,14 @@ factored cost, `optimizer` trains the adapters and holds the base, `merge` gives
 
 from jlora import checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
-from jlora.axes import Axes
 from jlora.convert import fold_and_restart, to_plain_lora
-from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
+from jlora.nodes.axes import Axes
+from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
 from jlora.report import explain, sites, summary
 from jlora.spec import LoraSpec
 from jlora.tree import MergePrecisionWarning, combine, labels, merge, partition, unwrap
+from jlora.variants.lora import LoraParam
 from jlora.wrap import wrap
 
 __version__ = "0.1.0"

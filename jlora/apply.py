@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.checks import check_fit, check_value
-from jlora.fields import leaf_fields
 from jlora.interpret.contract import CONTRACTIONS
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored, plain
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.quantised import Quantised, shape_of
 from jlora.interpret.views import VIEWS
-from jlora.nodes import is_node, is_unit
-from jlora.paths import checked_key, flatten, refill
-from jlora.qarray import is_qarray
+from jlora.nodes.checks import check_fit, check_value
+from jlora.nodes.fields import leaf_fields
+from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.qarray import is_qarray
+from jlora.targets.paths import checked_key, flatten, refill
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array

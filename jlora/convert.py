@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.checks import check_fit
 from jlora.interpret.factored import Factored
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, LoraParam, TrainableParam, is_node
-from jlora.paths import flatten
-from jlora.placement import Makers
-from jlora.qarray import is_qarray
+from jlora.nodes.checks import check_fit
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.makers import Makers
+from jlora.nodes.node import AdaptedParam, TrainableParam, is_node
+from jlora.nodes.qarray import is_qarray
 from jlora.spec import LoraSpec
+from jlora.targets.paths import flatten
+from jlora.targets.plan import Adapted
 from jlora.tree import merge, partition
 from jlora.variants.bias import LoraBiasParam
+from jlora.variants.lora import LoraParam
 from jlora.variants.tokens import TokensParam
 from jlora.wrap import adapt
 
@@ -133,8 +135,8 @@ def _again(path: str, node: Any, merged: Any, key: jax.Array, makers: Makers) ->
     if not is_node(node) or isinstance(node, TrainableParam):
         return merged if not is_node(node) else node
     spec = LoraSpec(**{"variant": type(node), "dtype": _dtype(node)} | node.settings)  # type: ignore[arg-type]
-    kernel = Kernel(path, tuple(node.shape), node.axes, "dot", spec, getattr(node, "layers", None))
-    return adapt(merged, kernel, key, makers)
+    kernel = Kernel(path, tuple(node.shape), node.axes, "dot", spec.kernel, getattr(node, "layers", None))
+    return adapt(merged, Adapted(spec.node, kernel), key, makers)
 
 
 def _dtype(node: AdaptedParam) -> Any:

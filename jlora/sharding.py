@@ -1,8 +1,4 @@
-"""Placement: what stands beside a base lies where the base lies.
-
-An array takes the mesh axes of those of the base's axes that it has: A those of the in axes, B those of the out axes,
-both those of the batch axes; its own axes, such as the rank, are whole everywhere.
-"""
+"""Specs and shardings of a wrapped tree and of an optimizer's state, from those of the plain tree."""
 
 from __future__ import annotations
 
@@ -14,13 +10,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jlora.fields import axes_of, map_fields
-from jlora.interpret.compat import is_traced
 from jlora.interpret.places import entries, names
 from jlora.interpret.stored import placed
-from jlora.nodes import is_node, is_unit
-from jlora.paths import flatten
-from jlora.qarray import codes, is_qarray
+from jlora.nodes.fields import map_fields
+from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.placement import leaf_specs, node_specs, of_node, sharding_of
+from jlora.nodes.qarray import codes, is_qarray
+from jlora.targets.paths import flatten
 
 
 def specs(tree: Any, base_specs: Any) -> Any:
@@ -211,32 +207,7 @@ def _spec_of(path: str, leaf: Any, spec: PartitionSpec) -> Any:
             f"sharding.specs: {spec} has {len(spec)} entries, but {path} of shape {tuple(leaf.shape)} has "
             f"{len(leaf.shape)} axes"
         )
-    return _node_specs(leaf, tuple(leaf.shape), spec) if is_node(leaf) else _leaf_specs(leaf, spec)
-
-
-def _leaf_specs(leaf: Any, spec: PartitionSpec) -> Any:
-    """The spec of a leaf; of a quantised one those of its arrays, on the axes of which they have more than one tile."""
-    if not is_qarray(leaf):
-        return spec
-    along = entries(spec, len(leaf.shape))
-    some = lambda x: PartitionSpec(*(entry if n > 1 else None for n, entry in zip(x.shape, along, strict=True)))
-    return jax.tree.map(lambda x: spec if x is leaf.qvalue else some(x), leaf)
-
-
-def _node_specs(node: Any, shape: tuple[int, ...], spec: PartitionSpec) -> Any:
-    """The node with the spec of each array that is there, beside a base of this shape and spec."""
-    along = entries(spec, len(shape))
-
-    def of(dims: str, x: Any) -> PartitionSpec | None:
-        if x is None:
-            return None
-        if is_qarray(x):
-            return _leaf_specs(x, spec)
-        axes = axes_of(node, dims, x, shape)
-        is_like_base = axes == list(range(len(shape)))
-        return spec if is_like_base else PartitionSpec(*(None if axis is None else along[axis] for axis in axes))
-
-    return map_fields(of, node)
+    return node_specs(leaf, tuple(leaf.shape), spec) if is_node(leaf) else leaf_specs(leaf, spec)
 
 
 def _own(leaf: Any) -> Any:
@@ -247,25 +218,6 @@ def _own(leaf: Any) -> Any:
         return sharding_of(leaf)
     found = of_node(leaf, leaf.base)
     return map_fields(lambda *_: None, leaf) if found is None else found
-
-
-def of_node(node: Any, base: Any) -> Any:
-    """The node with the sharding of each array, as its base lies; None beside a base that lies on no mesh."""
-    sharding = sharding_of(base)
-    if sharding is None:
-        return None
-    found = _node_specs(node, tuple(base.shape), sharding.spec)
-    found = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), found, is_leaf=_is_spec)
-    return dataclasses.replace(found, base=placed(node.base, sharding)) if is_qarray(node.base) else found
-
-
-def sharding_of(x: Any) -> NamedSharding | None:
-    """Where an array lies on a mesh; None where that is not said, or said by the program that is being traced."""
-    x = codes(x)
-    sharding = jax.typeof(x).sharding if is_traced(x) else getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
-        return None
-    return sharding if not is_traced(x) or sharding.mesh.explicit_axes else None
 
 
 def _is_spec(x: Any) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import qarray
-from jlora.checks import check_fit, check_whole
-from jlora.fields import leaf_fields
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
-from jlora.nodes import is_node, is_unit
-from jlora.paths import flatten
+from jlora.nodes import qarray
+from jlora.nodes.checks import check_fit, check_whole
+from jlora.nodes.fields import leaf_fields
+from jlora.nodes.node import is_node, is_unit
+from jlora.targets.paths import flatten
 
 TRAINABLE, FROZEN = "trainable", "frozen"
 

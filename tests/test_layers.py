@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import jlora
-from jlora.layers import layer_of
+from jlora.targets.layers import layer_of
 from tests.support import error
 from tests.variants.cases import CASES, moved
 

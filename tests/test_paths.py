@@ -14,7 +14,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jlora.paths import MAX_PATTERN, flatten, is_of_modules, is_regex, matcher, module_of, nearest
+from jlora.targets.paths import flatten, module_of
+from jlora.targets.patterns import MAX_PATTERN, is_of_modules, is_regex, matcher, nearest
 
 QUERY = "encoder/layer_0/query/kernel"
 PATHS = [QUERY, "encoder/layer_0/key/kernel", "encoder/layer_1/query/kernel", "decoder/mlp/up/kernel", "lm_head/kernel"]

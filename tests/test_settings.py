@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import jlora
 from jlora import LoraSpec
-from jlora.paths import MAX_PATTERN, flatten, matcher
-from jlora.select import select
+from jlora.targets.paths import flatten
+from jlora.targets.patterns import MAX_PATTERN, matcher
+from jlora.targets.select import select
 
 NAMES = [
     *(f"model.layers.{i}.{name}" for i in (0, 1, 10) for name in ("attn.q_proj", "attn.v_proj", "mlp.up_proj")),

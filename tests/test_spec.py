@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from jlora import Axes, LoraSpec, wrap
-from jlora.paths import matcher
-from jlora.validate import PEFT_NAMES
+from jlora.spec.validate import PEFT_NAMES
+from jlora.targets.patterns import matcher
 
 SPECS = {
     "default": LoraSpec(),

@@ -17,8 +17,8 @@ from flax.core import FrozenDict
 
 import jlora
 from jlora import Axes, LoraParam, LoraSpec, TrainableParam, wrap
-from jlora.nodes import is_node
-from jlora.paths import flatten
+from jlora.nodes.node import is_node
+from jlora.targets.paths import flatten
 from tests.support import same_bits
 
 

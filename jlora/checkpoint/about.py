@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import sharding
-from jlora.axes import Axes
-from jlora.fields import leaf_fields
-from jlora.nodes import AdaptedParam, TrainableParam
+from jlora.nodes import placement
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import leaf_fields
+from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants import VARIANTS
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.tokens import TokensParam
@@ -65,7 +65,7 @@ def empty(path: str, told: Mapping[str, Any], variants: Sequence[type[AdaptedPar
 def targets(node: Any, base: Any, told: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays to be had: each to lie beside the base."""
     shapes = {name: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"])) for name, x in told["arrays"].items()}
-    placed = sharding.of_node(filled(node, None, shapes), base)
+    placed = placement.of_node(filled(node, None, shapes), base)
     if placed is None:
         return shapes
     places = arrays(placed)

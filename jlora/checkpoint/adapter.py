@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jlora.checkpoint import backend, base
 from jlora.checkpoint.about import about, arrays, empty, filled, targets
 from jlora.checkpoint.processes import agreed
-from jlora.checks import check_whole
-from jlora.nodes import AdaptedParam, is_node, is_unit
-from jlora.paths import flatten
+from jlora.nodes.checks import check_whole
+from jlora.nodes.node import AdaptedParam, is_node, is_unit
+from jlora.targets.paths import flatten
 from jlora.tree import has_nodes
 
 ADAPTER, ABOUT, FORMAT = "adapter", "about", 1

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret.places import entries, names
-from jlora.nodes import TrainableParam, is_node
-from jlora.qarray import codes, is_qarray
+from jlora.nodes.node import TrainableParam, is_node
+from jlora.nodes.qarray import codes, is_qarray
 
 SAMPLES = 16  # elements of each leaf that tell one base from another
 

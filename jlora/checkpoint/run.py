@@ -16,7 +16,7 @@ from jlora.checkpoint.adapter import ABOUT, ADAPTER
 from jlora.checkpoint.processes import agreed, gather
 from jlora.checkpoint.state import STATE, contents_of, restored
 from jlora.checkpoint.steps import RUN
-from jlora.nodes import AdaptedParam
+from jlora.nodes.node import AdaptedParam
 
 
 class Saved(NamedTuple):

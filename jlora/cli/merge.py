@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.cli.sources import check_out, is_orbax
-from jlora.nodes import is_node
+from jlora.nodes.node import is_node
 from jlora.peft.build import onto
 from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.place import place

@@ -1,11 +1,15 @@
 """Initial values of the factors.
 
-`random` draws them, `spectral` takes them from the kernel itself, `data` from batches of the training data.
+The functions of `jlora.factors` draw them, or take them from the kernel itself. `eva` and `lora_ga` take them from
+batches of the training data: functions of a wrapped tree that give the tree with other factors. Both work under jit and
+on sharded trees: every large array is a product with, or the gradient of, a placed one. The gradients are compiled once
+for all batches; under a jit of one's own they are written out for each.
 """
 
-from jlora.init.data import eva, lora_ga
-from jlora.init.random import RANDOM, embedding, gaussian, kaiming, orthogonal
-from jlora.init.spectral import SPECTRAL, milora, olora, pissa, spectral
+from jlora.factors.random import RANDOM, embedding, gaussian, kaiming, orthogonal
+from jlora.factors.spectral import SPECTRAL, milora, olora, pissa, spectral
+from jlora.init.eva import eva
+from jlora.init.lora_ga import lora_ga
 
 __all__ = [
     "RANDOM",

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.qarray import is_qarray
+from jlora.nodes.qarray import is_qarray
 
 PLATFORMS = {"int8": ("tpu", "cuda"), "float8_e4m3fn": ("cuda",)}  # that compute such products
 TILE = 128  # with smaller ones Qwix computes the numbers first

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jlora import qarray
 from jlora.interpret import compat, eightbits, stored
 from jlora.interpret.places import entries
+from jlora.nodes import qarray
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 

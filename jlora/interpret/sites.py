@@ -14,15 +14,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import Axes
 from jlora.interpret import compat
 from jlora.interpret.contract import dot_labels
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.views import VIEWS
-from jlora.paths import flatten, refill, split_arrays
-from jlora.qarray import abstract, is_qarray
+from jlora.nodes.axes import Axes
+from jlora.nodes.qarray import abstract, is_qarray
+from jlora.targets.paths import flatten, refill, split_arrays
 
 LINEAR = ("dot", "ragged_dot")
 Owner = tuple[str, int]

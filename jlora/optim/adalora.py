@@ -12,10 +12,10 @@ import optax
 
 from jlora.interpret.compat import is_traced
 from jlora.interpret.products import wide
-from jlora.nodes import is_node
+from jlora.nodes.node import is_node
 from jlora.optim.fit import check_gradients, is_hole
 from jlora.optim.triplets import Schedule, chosen, importance, map_nodes, pruned, running_mean, sensitivity_of, weights
-from jlora.paths import flatten
+from jlora.targets.paths import flatten
 from jlora.variants.adalora import AdaLoraParam
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.nodes import is_node
-from jlora.paths import flatten
+from jlora.nodes.node import is_node
+from jlora.targets.paths import flatten
 from jlora.tree import TRAINABLE, labels
 
 

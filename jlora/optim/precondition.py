@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.fields import leaf_fields
 from jlora.interpret.products import contract, wide
-from jlora.nodes import is_node
+from jlora.nodes.fields import leaf_fields
+from jlora.nodes.node import is_node
 from jlora.optim.placement import in_whole
 from jlora.variants.adalora import AdaLoraParam
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.interpret.products import wide
-from jlora.nodes import is_node
+from jlora.nodes.node import is_node
 from jlora.optim.placement import in_whole
 from jlora.variants.adalora import AdaLoraParam
 

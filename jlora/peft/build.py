@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import sharding
-from jlora.axes import Axes
-from jlora.checks import check_made
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, LoraParam, TrainableParam
+from jlora.nodes import placement
+from jlora.nodes.axes import Axes
+from jlora.nodes.checks import check_made
+from jlora.nodes.kernel import Kernel, KernelSpec
+from jlora.nodes.node import AdaptedParam, TrainableParam
+from jlora.nodes.qarray import codes, dense, is_qarray
 from jlora.peft import layout
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
-from jlora.qarray import codes, dense, is_qarray
-from jlora.spec import LoraSpec
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam, squared_norms
+from jlora.variants.lora import LoraParam
 from jlora.variants.tokens import TokensParam
 
 
@@ -139,7 +139,7 @@ def onto(node: Any, base: Any, start: str | None = None) -> Any:
 
 
 def _taken_out(node: Any, base: Any, init: str) -> Any:
-    spec = LoraSpec(rank=node.lora_a.shape[-1], scaling=float(node.scale), init=init)
+    spec = KernelSpec(node.lora_a.shape[-1], float(node.scale), init=init)
     kernel = Kernel("", tuple(base.shape), node.axes, "dot", spec, node.layers)
     return kernel.low_rank(base, jax.random.key(0))["start"]
 
@@ -147,7 +147,7 @@ def _taken_out(node: Any, base: Any, init: str) -> Any:
 def _placed(path: str, node: Any) -> AdaptedParam:
     """The node with its arrays on the devices, placed as the base is."""
     base, beside = node.base, dataclasses.replace(node, base=None)
-    places = sharding.of_node(beside, base)
+    places = placement.of_node(beside, base)
     nodes = (beside,) if places is None else (beside, places)
     node = dataclasses.replace(jax.tree.map(_on_device, *nodes), base=base)
     check_made(path, node)

@@ -10,19 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.axes import Axes
 from jlora.convert import plain
-from jlora.nodes import LoraParam, TrainableParam, from_start, is_node
-from jlora.paths import flatten
+from jlora.nodes.axes import Axes
+from jlora.nodes.node import TrainableParam, is_node
 from jlora.peft import layout
 from jlora.peft.adapter import EXPERTS, LINEAR, Adapter, Update
 from jlora.peft.layout import Part
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, Slot, leaf_shapes, slots_of
 from jlora.peft.parts import parameter_of, torch_array
+from jlora.targets.paths import flatten
 from jlora.tree import has_nodes, partition
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam
+from jlora.variants.lora import LoraParam, from_start
 from jlora.variants.tokens import TokensParam
 
 Named = tuple[str, Slot]

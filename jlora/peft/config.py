@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from jlora.layers import layer_of
-from jlora.paths import is_of_modules, matcher
-from jlora.settings import modules
-from jlora.spec import LoraSpec
+from jlora.spec import LoraSpec, modules
+from jlora.targets.layers import layer_of
+from jlora.targets.patterns import is_of_modules, matcher
 
 # where the factors started: told apart from what they are now
 STARTS = ("pissa", "olora")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jlora.axes import Axes
+from jlora.nodes.axes import Axes
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Update
 from jlora.peft.names import FLAX, Layout, Slot, is_embedding
 

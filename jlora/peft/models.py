@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.interpret.sites import Site
-from jlora.nodes import is_node, is_unit
-from jlora.paths import flatten
+from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.qarray import is_qarray
 from jlora.peft import layout
 from jlora.peft.build import of_leaf
 from jlora.peft.maps import resolved
@@ -23,9 +23,9 @@ from jlora.peft.names import Entry, leaf_shapes, slots_of
 from jlora.peft.parts import merged_part, parameter_of, shape_of
 from jlora.peft.stack import Piece
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
-from jlora.qarray import is_qarray
 from jlora.quant.formats import read_as
-from jlora.select import sites_of
+from jlora.targets.paths import flatten
+from jlora.targets.select import sites_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")

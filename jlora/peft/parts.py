@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import qarray
-from jlora.axes import Axes
-from jlora.fields import map_fields
-from jlora.nodes import is_node
+from jlora.nodes import qarray
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import map_fields
+from jlora.nodes.node import is_node
 from jlora.peft import layout
 from jlora.peft.adapter import CONV, EMBEDDING
 from jlora.peft.layout import Part, Words

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlora.interpret.sites import Site
-from jlora.nodes import AdaptedParam, is_node, is_unit
-from jlora.paths import flatten, nearest
+from jlora.nodes.node import AdaptedParam, is_node, is_unit
 from jlora.peft import build
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import Tree
@@ -19,7 +18,9 @@ from jlora.peft.config import Config
 from jlora.peft.maps import resolved
 from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.stack import Piece
-from jlora.select import sites_of
+from jlora.targets.paths import flatten
+from jlora.targets.patterns import nearest
+from jlora.targets.select import sites_of
 
 Slots = Mapping[str, Sequence[Slot]]
 

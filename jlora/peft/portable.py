@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.fields import mapped, matrices, sizes_of
-from jlora.nodes import LoraParam, is_node
-from jlora.paths import flatten
+from jlora.nodes.fields import mapped, matrices, sizes_of
+from jlora.nodes.node import is_node
 from jlora.peft.adapter import EMBEDDING, LINEAR, Adapter, Update
 from jlora.peft.collect import Collected
 from jlora.peft.write import tied_table, within
+from jlora.targets.paths import flatten
 from jlora.tree import merge
+from jlora.variants.lora import LoraParam
 
 MERGED = "Write the merged model, jlora.peft.to_safetensors(tree, directory) or jlora merge"
 NEAREST = "; or the nearest plain update, jlora.peft.low_rank(tree, rank), which tells its error"

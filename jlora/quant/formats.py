@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import sharding
-from jlora.axes import Axes
 from jlora.interpret.compat import is_traced
 from jlora.interpret.stored import placed
-from jlora.placement import placed_plan
-from jlora.qarray import NF4, codes, is_qarray, numbers, tile_of, tiled
+from jlora.nodes.axes import Axes
+from jlora.nodes.makers import placed_plan
+from jlora.nodes.placement import sharding_of
+from jlora.nodes.qarray import NF4, codes, is_qarray, numbers, tile_of, tiled
 
 DTYPES: dict[str, Any] = {"nf4": "nf4", "int4": jnp.int4, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 LARGEST = {"nf4": 1.0, "int4": 7.5, "int8": 127.5, "fp8": 448.0}  # of a code: an integer's last bucket is whole
@@ -83,7 +83,7 @@ def _tile(shape: Sequence[int], axes: Sequence[int], size: int) -> tuple[int, ..
 
 def quantised(x: Any, form: Format) -> Any:
     """A leaf as a `QArray`, where it lies; abstract where it is."""
-    at = sharding.sharding_of(x)
+    at = sharding_of(x)
     if at is None and (is_traced(x) or not isinstance(x, jax.ShapeDtypeStruct)):
         return encode(x, form) if is_traced(x) else _encode(form)(x)
     plan = jax.eval_shape(_encode(form), jax.ShapeDtypeStruct(x.shape, x.dtype))

@@ -11,14 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora import sharding
-from jlora.fields import mapped, matrices, sizes_of
-from jlora.init.data import moments, some
-from jlora.init.spectral import pissa
-from jlora.nodes import LoraParam, is_node, is_unit
-from jlora.paths import flatten, nearest
-from jlora.qarray import codes, dense, is_qarray
+from jlora.factors.spectral import pissa
+from jlora.init.batches import some
+from jlora.init.eva import moments
+from jlora.nodes import placement
+from jlora.nodes.fields import mapped, matrices, sizes_of
+from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.qarray import codes, dense, is_qarray
 from jlora.quant.formats import Format, encode
+from jlora.targets.paths import flatten
+from jlora.targets.patterns import nearest
+from jlora.variants.lora import LoraParam
 
 AT_ONCE = 2**28  # numbers of X^T X that are held, in float32
 DAMPING = 0.01  # of the mean square of the inputs, as GPTQ adds it
@@ -154,7 +157,7 @@ def _started(
             return leaf
         node = dataclasses.replace(leaf, start=())
         made = _together(node, kernels[path], (inputs or {}).get(path), Format.of(leaf.base), steps, niter)
-        places = sharding.of_node(made, leaf.base)
+        places = placement.of_node(made, leaf.base)
         return made if places is None else jax.device_put(made, places)
 
     return treedef.unflatten([started(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])

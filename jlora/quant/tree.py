@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import Axes
-from jlora.conventions import kernel_axes
 from jlora.interpret.sites import Site
-from jlora.nodes import is_node, is_unit
-from jlora.paths import flatten
-from jlora.qarray import dense, is_qarray, nbits
+from jlora.nodes.axes import Axes
+from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.qarray import dense, is_qarray, nbits
 from jlora.quant.formats import DTYPES, Format, package, quantised, read_as
-from jlora.select import select, sites_of
 from jlora.spec import LoraSpec
+from jlora.targets.conventions import kernel_axes
+from jlora.targets.paths import flatten
+from jlora.targets.select import select, sites_of
 from jlora.tree import has_nodes, merge
 
 
@@ -110,7 +110,7 @@ def _formats(
         for path in sorted(select(params, by_path, spec, known).targets):
             leaf = by_path[path]
             _check(path, leaf)
-            axes, kind = kernel_axes(path, by_path, spec, known)
+            axes, kind = kernel_axes(path, by_path, spec.axes, known)
             found[path] = Format.fitting(path, tuple(leaf.shape), axes, kind, dtype, tile, double_quant)
     except ValueError as error:  # raised by what jlora.wrap uses too
         told = str(error).replace("wrap: ", "quantize: ").replace("jlora.wrap(params, spec,", "quantize(params,")

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jlora.apply import RULES, run_on_wrapped
-from jlora.checks import check_whole
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
-from jlora.nodes import is_node
-from jlora.paths import flatten, split_arrays
+from jlora.nodes.checks import check_whole
+from jlora.nodes.node import is_node
 from jlora.report.groups import grouped, name_of, title
 from jlora.report.html import Gauge, Row, page, trained_gauges
 from jlora.report.text import Table, with_counts
 from jlora.report.totals import Totals, in_bytes, short, totals
+from jlora.targets.paths import flatten, split_arrays
 from jlora.tree import has_nodes, unwrap
 
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora.checks import check_whole
-from jlora.nodes import TrainableParam, is_node, is_unit
-from jlora.paths import flatten
-from jlora.qarray import is_qarray
+from jlora.nodes.checks import check_whole
+from jlora.nodes.node import TrainableParam, is_node, is_unit
+from jlora.nodes.qarray import is_qarray
 from jlora.report.groups import grouped, name_of, title
 from jlora.report.html import Row, page, trained_gauges
 from jlora.report.text import Table, with_counts
 from jlora.report.totals import Totals, size, totals
+from jlora.targets.paths import flatten
 from jlora.tree import TRAINABLE, labels
 
 FULL = "in full"

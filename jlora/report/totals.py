@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jlora.qarray import is_qarray, nbits
+from jlora.nodes.qarray import is_qarray, nbits
 from jlora.tree import TRAINABLE, labels
 
 

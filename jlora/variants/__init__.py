@@ -6,16 +6,17 @@ goes to ``LoraSpec(variant=...)`` as it is. What such a class is written with is
 `turned_by`, `plain`).
 """
 
-from jlora.axes import Axes
-from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, gained, low_rank, plain, turned_by
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, LoraParam
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
 from jlora.variants.adalora import AdaLoraParam, orthogonality
 from jlora.variants.dora import DoraParam
 from jlora.variants.ia3 import Ia3Param
 from jlora.variants.loha import LohaParam
 from jlora.variants.lokr import LokrParam
+from jlora.variants.lora import LoraParam
 from jlora.variants.lora_fa import LoraFaParam
 from jlora.variants.oft import BoftParam, OftParam
 from jlora.variants.vera import VeraParam

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.fields import frozen, static, trained
 from jlora.interpret.products import wide
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
 
 
 @jax.tree_util.register_dataclass

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.axes import Axes
-from jlora.fields import PAIR, frozen, matrices, of_layers, sizes_of, static, trained
 from jlora.interpret.factored import Factored, gained
 from jlora.interpret.manual import split_axes, summed
 from jlora.interpret.products import contract, wide
 from jlora.interpret.quantised import made_beside
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, from_start, low_rank_of
-from jlora.qarray import dense
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import PAIR, frozen, matrices, of_layers, sizes_of, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
+from jlora.nodes.qarray import dense
+from jlora.variants.lora import from_start, low_rank_of
 
 TINY = 1e-30  # under a norm's square: a column of zeros stays one
 SMALL = 1e-6  # of ||W||^2: below it the sum of its three terms is rounding

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import Axes
-from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
 
 
 @jax.tree_util.register_dataclass

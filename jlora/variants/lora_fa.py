@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
-from jlora.axes import Axes
-from jlora.fields import PAIR, frozen, static, trained
 from jlora.interpret.factored import Factored
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam, low_rank_of
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import PAIR, frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
+from jlora.variants.lora import low_rank_of
 
 
 @jax.tree_util.register_dataclass

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import Axes
-from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, plain, turned_by
 from jlora.interpret.manual import check_size
 from jlora.interpret.products import wide
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
 
 
 class Rotation(AdaptedParam):

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.axes import Axes
-from jlora.fields import frozen, static, trained
 from jlora.interpret.factored import Factored, low_rank
-from jlora.kernel import Kernel
-from jlora.nodes import AdaptedParam
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ class VeraParam(AdaptedParam):
             (vera_b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("rank out", rank=rank)),
             jnp.full(kernel.sizes("batch rank", rank=rank), kernel.option("d_initial"), dtype),
             jnp.zeros(kernel.sizes("batch out"), dtype),
-            dropout=float(kernel.spec.dropout),
+            dropout=kernel.spec.dropout,
             **kernel.place,
         )
 

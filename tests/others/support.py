@@ -16,8 +16,8 @@ from jax import lax
 from jax.tree_util import tree_map_with_path
 
 import jlora
-from jlora.nodes import is_node
-from jlora.paths import flatten
+from jlora.nodes.node import is_node
+from jlora.targets.paths import flatten
 from tests.support import compiled, flops, randomised, temporaries
 
 RANK, TOLERANCE = 8, 2e-5

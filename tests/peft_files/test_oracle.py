@@ -29,7 +29,7 @@ def nested(state: dict) -> dict:
 
 
 def flat(tree: dict) -> dict:
-    paths, leaves, _ = jlora.paths.flatten(tree)
+    paths, leaves, _ = jlora.targets.paths.flatten(tree)
     return {path.replace("/", "."): np.asarray(leaf) for path, leaf in zip(paths, leaves, strict=True)}
 
 

@@ -32,7 +32,7 @@ def nested(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat(tree: Any) -> dict[str, Any]:
     """The inverse of `nested`; nodes are leaves."""
-    paths, leaves, _ = jlora.paths.flatten(tree, lambda x: isinstance(x, jlora.AdaptedParam))
+    paths, leaves, _ = jlora.targets.paths.flatten(tree, lambda x: isinstance(x, jlora.AdaptedParam))
     return {path.replace("/", "."): leaf for path, leaf in zip(paths, leaves, strict=True)}
 
 

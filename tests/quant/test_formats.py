@@ -9,7 +9,7 @@ import pytest
 import qwix
 
 import jlora
-from jlora.qarray import NF4, chosen, looked_up
+from jlora.nodes.qarray import NF4, chosen, looked_up
 from tests.support import error, same_bits
 
 # The thresholds of bitsandbytes' `dQuantizeNF4` (csrc/kernels.cu), from the lowest code to the highest.

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jlora.examples.pod.processes import PodError
 from jlora.examples.smollm2 import SmolLM2
-from jlora.paths import flatten
+from jlora.targets.paths import flatten
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that share out a batch

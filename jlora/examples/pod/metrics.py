@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import jlora
 from jlora.examples.smollm2 import SmolLM2
-from jlora.paths import flatten
+from jlora.targets.paths import flatten
 
 # Dense bfloat16 FLOP/s of a device, by its `device_kind`, as its maker states them (half of those with sparsity); none
 # was measured here.

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.axes import Axes
 from jlora.interpret.sites import LINEAR, Site
-from jlora.paths import matcher, module_of
-from jlora.spec import LoraSpec
+from jlora.nodes.axes import Axes
+from jlora.targets.paths import module_of
+from jlora.targets.patterns import matcher
 
 KERNELS, EMBEDDINGS = ("kernel", "w"), ("embedding", "embeddings")
 OUTPUT_LAYERS = ("lm_head", "embed_out", "logits_dense")
@@ -46,15 +46,17 @@ def is_linear(path: str, leaf: Any, sites: Sites | None) -> bool:
     return path.rpartition("/")[2] in (*KERNELS, "weight") and not _is_conv(path, len(leaf.shape))
 
 
-def kernel_axes(path: str, leaves: Mapping[str, Any], spec: LoraSpec, sites: Sites | None) -> tuple[Axes, str]:
-    """A kernel's axes and kind: from the spec, else from the sites, else by convention.
+def kernel_axes(
+    path: str, leaves: Mapping[str, Any], given: Mapping[str, Axes], sites: Sites | None
+) -> tuple[Axes, str]:
+    """A kernel's axes and kind: those that are given for a pattern, else from the sites, else by convention.
 
     Raises:
       ValueError: if none of them tells.
     """
     leaf = leaves[path]
     kind = _kind(path, len(leaf.shape), sites)
-    for pattern, axes in spec.axes.items():
+    for pattern, axes in given.items():
         if matcher(pattern)(path):
             return axes, kind
     if sites is not None:

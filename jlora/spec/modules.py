@@ -1,4 +1,4 @@
-"""PEFT's rules for names of modules, as patterns of `jlora.paths.matcher` that begin with ``module:``.
+"""PEFT's rules for names of modules, as patterns of `jlora.targets.patterns.matcher` that begin with ``module:``.
 
 The rules are those of ``check_target_module_exists`` (peft/tuners/tuners_utils.py), ``get_pattern_key`` and
 ``_set_trainable`` (peft/utils/other.py).
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jlora.paths import MAX_PATTERN, MODULE
+from jlora.targets.patterns import MAX_PATTERN, MODULE
 
 _LITERAL = re.compile(r"[\w.-]+")
 _EMBEDDINGS = "embed_tokens|embed|embeddings?|embedder|token_embed(?:der|dings?)?|tok_embeddings|word_embeddings|wte"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.settings.methods import LOFTQ
-from jlora.settings.peft import ALL_LINEAR, converted, refuse_layers_of_text
-from jlora.settings.reader import Settings, mapping
+from jlora.spec.methods import LOFTQ
+from jlora.spec.peft import ALL_LINEAR, converted, refuse_layers_of_text
+from jlora.spec.reader import Settings, mapping
 
 PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_", "relora")
 NAMES = {

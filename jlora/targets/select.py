@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlora.conventions import is_bias, is_kernel, is_linear, is_output_layer
 from jlora.interpret.sites import Site
-from jlora.kernel import Kernel
-from jlora.paths import Pattern, flatten, is_of_modules, matcher, module_of, nearest
-from jlora.qarray import is_qarray
+from jlora.nodes.qarray import is_qarray
 from jlora.spec import LoraSpec
+from jlora.targets.conventions import is_bias, is_kernel, is_linear, is_output_layer
+from jlora.targets.paths import flatten, module_of
+from jlora.targets.patterns import Pattern, is_of_modules, matcher, nearest
 
 Sites = Mapping[str, Site]
 
@@ -197,8 +197,8 @@ def biases_of(leaves: Mapping[str, Any], targets: Iterable[str], mode: str) -> s
     return biases - {*targets}
 
 
-def lora_biases(leaves: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
-    """The bias beside each adapted kernel.
+def biases_beside(leaves: Mapping[str, Any], kernels: Iterable[str]) -> dict[str, str]:
+    """The bias beside each adapted kernel, and the kernel that it belongs to.
 
     Raises:
       ValueError: if a kernel has none.
@@ -206,7 +206,7 @@ def lora_biases(leaves: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> dic
     biases = {module_of(path): path for path, leaf in leaves.items() if is_bias(path, leaf)}
     if bare := sorted(path for path in kernels if module_of(path) not in biases):
         raise ValueError(f"wrap: lora_bias=True needs a bias beside each target, but {_some(bare)} has none")
-    return {biases[module_of(path)]: kernel for path, kernel in kernels.items()}
+    return {biases[module_of(path)]: path for path in kernels}
 
 
 def _tables(pattern: str, leaves: Mapping[str, Any]) -> set[str]:

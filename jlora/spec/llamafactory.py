@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.settings.peft import ALL_LINEAR, converted
-from jlora.settings.reader import Settings, mapping
+from jlora.spec.peft import ALL_LINEAR, converted
+from jlora.spec.reader import Settings, mapping
 
 PREFIXES = ("lora_", "loraplus_", "pissa_", "oft_")
 LORA = {

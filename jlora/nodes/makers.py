@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jlora import sharding
-from jlora.fields import axes_of, map_fields
 from jlora.interpret.compat import is_traced
-from jlora.qarray import codes
+from jlora.nodes import placement
+from jlora.nodes.fields import axes_of, map_fields
+from jlora.nodes.qarray import codes
 
 
 class Makers:
@@ -29,7 +29,7 @@ class Makers:
           make: returns a node without its base. It sees no sharded axes, so it may sort and factorise.
         """
         is_abstract = isinstance(codes(base), jax.ShapeDtypeStruct)
-        at = is_abstract, is_traced(codes(base)), sharding.sharding_of(base)
+        at = is_abstract, is_traced(codes(base)), placement.sharding_of(base)
         kind = (kind, tuple(base.shape), jnp.dtype(base.dtype), *at)
         made = next((made for known, made in self._known if known == kind), None)
         if made is None:
@@ -40,12 +40,12 @@ class Makers:
 
 def _maker(make: Callable[..., Any], base: Any, *args: Any) -> Callable[..., Any]:
     """The function that makes a node beside such a base."""
-    at = sharding.sharding_of(base)
+    at = placement.sharding_of(base)
     is_abstract = isinstance(codes(base), jax.ShapeDtypeStruct)
     if at is None and not is_abstract:
         return (lambda base, *args: _alike(make(base, *args), codes(base))) if is_traced(codes(base)) else make
     node = jax.eval_shape(make, jax.ShapeDtypeStruct(base.shape, base.dtype), *args)
-    where = sharding.of_node(node, base)
+    where = placement.of_node(node, base)
     if is_abstract:
         plan = node if where is None else jax.tree.map(placed_plan, node, where)
         return lambda *_: plan

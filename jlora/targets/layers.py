@@ -30,8 +30,8 @@ def layer_of(path: str, name: str | None = None) -> int | None:
     return None
 
 
-def chosen_paths(paths: Iterable[str], layers: Sequence[int] | None, name: str | None, stacked: set[str]) -> set[str]:
-    """The targets of the chosen layers; `stacked` ones, which have no number, stay.
+def in_layers(paths: Iterable[str], layers: Sequence[int] | None, name: str | None) -> set[str]:
+    """The targets without those of other layers than the chosen; what has no layer's number stays.
 
     Raises:
       ValueError: if a layer is not there.
@@ -43,7 +43,19 @@ def chosen_paths(paths: Iterable[str], layers: Sequence[int] | None, name: str |
     there = {n for n in numbers.values() if n is not None}
     if missing := sorted({*layers} - there) if there else []:
         raise ValueError(f"wrap: layers={list(layers)} names {missing}, but targets are in layers {sorted(there)}")
-    kept = {path for path, n in numbers.items() if n in layers or (n is None and path in stacked)}
+    return {path for path, n in numbers.items() if n is None or n in layers}
+
+
+def layered(paths: Iterable[str], layers: Sequence[int] | None, name: str | None, stacked: set[str]) -> list[str]:
+    """The targets that have layers: by the number in their path, or as one of the `stacked`.
+
+    Raises:
+      ValueError: if none has.
+    """
+    paths = list(paths)
+    if layers is None:
+        return paths
+    kept = [path for path in paths if path in stacked or layer_of(path, name) is not None]
     if not kept:
         raise ValueError(
             f"wrap: layers={list(layers)}, but no target has a layer's number in its path or a stacked axis, such as "

@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jlora.settings import modules
-from jlora.settings.methods import METHODS, REFUSED
-from jlora.settings.reader import Settings, mapping
+from jlora.spec import modules
+from jlora.spec.methods import METHODS, REFUSED
+from jlora.spec.reader import Settings, mapping
 
 ALL_LINEAR = "all-linear"
 SHARED = "peft_type task_type target_modules modules_to_save"

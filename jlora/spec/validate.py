@@ -8,24 +8,23 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora import init as inits
-from jlora.axes import Axes
-from jlora.checks import check_variant
-from jlora.nodes import AdaptedParam
-from jlora.paths import Pattern, matcher, text_of
+from jlora.factors.random import RANDOM
+from jlora.factors.spectral import SPECTRAL, spectral
+from jlora.nodes.axes import Axes
+from jlora.nodes.checks import check_variant
+from jlora.nodes.node import AdaptedParam
+from jlora.targets.patterns import Pattern, matcher, text_of
 from jlora.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from jlora.spec import LoraSpec
 
 T = TypeVar("T")
 
+INIT, DROPOUT = "kaiming", 0.0  # the defaults of settings that not every variant has
 BIASES = ("none", "all", "lora_only")
 PEFT_NAMES = {
     "r": "rank",
@@ -45,6 +44,28 @@ PEFT_NAMES = {
     "use_dora": 'variant="dora"',
 }
 OVERRIDABLE = ("rank", "alpha", "dropout", "scaling", "init", "variant", "options", "dtype")
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a `jlora.LoraSpec`, each in its form.
+
+    Raises:
+      ValueError: if one is out of its range; the message names it, what was found and what is expected.
+    """
+    pairs = lambda name: mapping(name, given[name])
+    found = dict(given) | {
+        "targets": target_tuple(given["targets"]),
+        "rank": int(given["rank"]) if isinstance(given["rank"], np.integer) else given["rank"],
+        "exclude": patterns("exclude", given["exclude"]),
+        "train": patterns("train", given["train"]),
+        "axes": {pattern: axes_of(pattern, value) for pattern, value in pairs("axes")},
+        "layers": None if given["layers"] is None else indices("layers", given["layers"]),
+        "train_tokens": {p: indices(f"train_tokens[{p!r}]", ids) for p, ids in pairs("train_tokens")},
+        "options": dict(pairs("options")),
+        "dtype": None if given["dtype"] is None else float_dtype(given["dtype"]),
+    }
+    check_ranges(found)
+    return found | {"overrides": {p: override(found, p, value) for p, value in pairs("overrides")}}
 
 
 def target_tuple(targets: Any) -> Any:
@@ -79,27 +100,28 @@ def mapping(name: str, value: Any) -> list[tuple[str, Any]]:
     return list(value.items())
 
 
-def override(spec: LoraSpec, pattern: str, settings: Any) -> dict[str, Any]:
+def override(spec: Mapping[str, Any], pattern: str, settings: Any) -> dict[str, Any]:
+    """The settings of one override in their forms, with what goes along with another variant."""
     where = f"overrides[{pattern!r}]"
     expect(isinstance(settings, Mapping), where, "a mapping of settings", settings)
     check_known(where, settings, OVERRIDABLE)
-    settings = of_variant(spec, settings) | dict(settings)
+    settings = of_variant(settings) | dict(settings)
     try:
-        checked = dataclasses.replace(spec, **settings, overrides={})
+        whole = checked({**spec, **settings, "overrides": {}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
-    found = {name: getattr(checked, name) for name in settings}
+    found = {name: whole[name] for name in settings}
     return found | {"dtype": jnp.dtype(jnp.float32)} if found.get("dtype", 0) is None else found
 
 
-def of_variant(spec: LoraSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+def of_variant(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What another variant does not take over from the spec: options, and settings that mean nothing to it."""
     variant = settings.get("variant")
     node = VARIANTS.get(variant) if isinstance(variant, str) else variant
     if node is None:
         return {}
-    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
-    return {"options": {}} | {name: defaults[name] for name in ("init", "dropout") if name not in node.SETTINGS}
+    defaults = {"init": INIT, "dropout": DROPOUT}
+    return {"options": {}} | {name: value for name, value in defaults.items() if name not in node.SETTINGS}
 
 
 def axes_of(pattern: str, value: Any) -> Axes:
@@ -123,41 +145,56 @@ def float_dtype(value: Any) -> np.dtype:
     return dtype
 
 
-def validate(spec: LoraSpec) -> None:
-    expect(type(spec.rank) is int and spec.rank >= 1, "rank", "an integer of at least 1", spec.rank)
-    expect(is_number(spec.alpha) and spec.alpha > 0, "alpha", "a positive finite number", spec.alpha)
-    expect(is_number(spec.dropout) and 0 <= spec.dropout < 1, "dropout", "a rate in [0, 1)", spec.dropout)
-    is_scale = spec.scaling in ("alpha/r", "rslora") if isinstance(spec.scaling, str) else is_number(spec.scaling)
-    expect(is_scale, "scaling", '"alpha/r", "rslora" or a finite number', spec.scaling)
-    is_init = (
-        callable(spec.init) or inits.spectral(spec.init) or (isinstance(spec.init, str) and spec.init in inits.RANDOM)
-    )
-    names = (*inits.RANDOM, *inits.SPECTRAL, "pissa_niter_N")
+def check_ranges(spec: Mapping[str, Any]) -> None:
+    """Refuses a setting that is out of its range."""
+    rank, alpha, dropout, scaling = (spec[name] for name in ("rank", "alpha", "dropout", "scaling"))
+    expect(type(rank) is int and rank >= 1, "rank", "an integer of at least 1", rank)
+    expect(is_number(alpha) and alpha > 0, "alpha", "a positive finite number", alpha)
+    expect(is_number(dropout) and 0 <= dropout < 1, "dropout", "a rate in [0, 1)", dropout)
+    is_scale = scaling in ("alpha/r", "rslora") if isinstance(scaling, str) else is_number(scaling)
+    expect(is_scale, "scaling", '"alpha/r", "rslora" or a finite number', scaling)
+    check_init(spec["init"])
+    check_variant_settings(spec)
+    expect(isinstance(spec["lora_bias"], bool), "lora_bias", "True or False", spec["lora_bias"])
+    name = spec["layers_name"]
+    is_name = name is None or (isinstance(name, str) and name != "")
+    expect(is_name, "layers_name", "the name of the list of layers, or None", name)
+    expect(spec["bias"] in BIASES, "bias", f"one of {BIASES}", spec["bias"])
+    expect(type(spec["seed"]) is int, "seed", "an integer", spec["seed"])
+
+
+def check_init(init: Any) -> None:
+    is_init = callable(init) or spectral(init) or (isinstance(init, str) and init in RANDOM)
+    names = (*RANDOM, *SPECTRAL, "pissa_niter_N")
     data = " (jlora.init.eva and jlora.init.lora_ga take the wrapped tree and batches)"
-    hint = data if spec.init in ("eva", "lora_ga") else nearest(spec.init, names)
-    expect(bool(is_init), "init", f"one of {names} or a function{hint}", spec.init)
-    is_class = isinstance(spec.variant, type) and issubclass(spec.variant, AdaptedParam)
-    is_variant = is_class or (isinstance(spec.variant, str) and spec.variant in VARIANTS)
-    expected = f"one of {tuple(VARIANTS)}, or a subclass of jlora.AdaptedParam{nearest(spec.variant, VARIANTS)}"
-    expect(is_variant, "variant", expected, spec.variant)
-    if not isinstance(spec.variant, str):
-        check_variant(spec.variant)
-    check_known(f"{spec.variant_name}: options", spec.options, list(spec.node.OPTIONS))
-    check_settings(spec)
-    expect(isinstance(spec.lora_bias, bool), "lora_bias", "True or False", spec.lora_bias)
-    is_name = spec.layers_name is None or (isinstance(spec.layers_name, str) and spec.layers_name != "")
-    expect(is_name, "layers_name", "the name of the list of layers, or None", spec.layers_name)
-    expect(spec.bias in BIASES, "bias", f"one of {BIASES}", spec.bias)
-    expect(type(spec.seed) is int, "seed", "an integer", spec.seed)
+    hint = data if init in ("eva", "lora_ga") else nearest(init, names)
+    expect(bool(is_init), "init", f"one of {names} or a function{hint}", init)
 
 
-def check_settings(spec: LoraSpec) -> None:
-    """Refuses an init or a dropout that the variant does not have; a rank and a scale are everybody's."""
-    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
-    for name in ("init", "dropout"):
-        given = getattr(spec, name)
-        if name not in spec.node.SETTINGS and given != defaults[name]:
-            raise ValueError(f"LoraSpec: {name}={given!r} means nothing to {spec.variant_name}; leave it out")
+def check_variant_settings(spec: Mapping[str, Any]) -> None:
+    """Refuses what is no variant, and an option, init or dropout that it does not have; a rank is everybody's."""
+    variant = spec["variant"]
+    is_class = isinstance(variant, type) and issubclass(variant, AdaptedParam)
+    is_variant = is_class or (isinstance(variant, str) and variant in VARIANTS)
+    expected = f"one of {tuple(VARIANTS)}, or a subclass of jlora.AdaptedParam{nearest(variant, VARIANTS)}"
+    expect(is_variant, "variant", expected, variant)
+    if not isinstance(variant, str):
+        check_variant(variant)
+    node, name = class_of(variant), told(variant)
+    check_known(f"{name}: options", spec["options"], list(node.OPTIONS))
+    for setting, default in (("init", INIT), ("dropout", DROPOUT)):
+        if setting not in node.SETTINGS and spec[setting] != default:
+            raise ValueError(f"LoraSpec: {setting}={spec[setting]!r} means nothing to {name}; leave it out")
+
+
+def class_of(variant: str | type[AdaptedParam]) -> type[AdaptedParam]:
+    """The class of a variant."""
+    return VARIANTS[variant] if isinstance(variant, str) else variant
+
+
+def told(variant: str | type[AdaptedParam]) -> str:
+    """A variant as messages call it."""
+    return f"variant {variant!r}" if isinstance(variant, str) else f"variant {variant.__name__}"
 
 
 def indices(name: str, value: Any) -> tuple[int, ...]:

@@ -7,26 +7,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
 
-from jlora.axes import Axes
-from jlora.nodes import AdaptedParam
-from jlora.paths import Pattern, matcher
-from jlora.settings import from_axolotl, from_llamafactory, from_peft
-from jlora.validate import (
-    axes_of,
-    check_known,
-    float_dtype,
-    indices,
-    known_settings,
-    mapping,
-    override,
-    patterns,
-    plain_data,
-    target_tuple,
-    validate,
-)
-from jlora.variants import VARIANTS
+from jlora.nodes.axes import Axes
+from jlora.nodes.kernel import KernelSpec
+from jlora.nodes.node import AdaptedParam
+from jlora.spec.axolotl import from_axolotl
+from jlora.spec.llamafactory import from_llamafactory
+from jlora.spec.peft import from_peft
+from jlora.spec.validate import DROPOUT, INIT, check_known, checked, class_of, known_settings, plain_data, told
+from jlora.targets.patterns import Pattern, matcher
 
 
 @known_settings
@@ -37,8 +27,8 @@ class LoraSpec:
     Args:
       targets: ``"all-linear"`` (every kernel of a linear layer, by the name of ``kernel`` or ``w`` where no `sites` are
         given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
-        ``logits_dense``), a pattern or a sequence of patterns over paths (see `jlora.paths.matcher`), a function
-        ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
+        ``logits_dense``), a pattern or a sequence of patterns over paths (see `jlora.targets.patterns.matcher`), a
+        function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
       exclude: patterns taken out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.
@@ -81,9 +71,9 @@ class LoraSpec:
     exclude: tuple[Pattern, ...] = ()
     rank: int = 8
     alpha: float = 16
-    dropout: float = 0.0
+    dropout: float = DROPOUT
     scaling: str | float = "alpha/r"
-    init: str | Callable = "kaiming"
+    init: str | Callable = INIT
     variant: str | type[AdaptedParam] = "lora"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: Sequence[int] | None = None
@@ -98,19 +88,9 @@ class LoraSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("targets", target_tuple(self.targets))
-        put("rank", int(self.rank) if isinstance(self.rank, np.integer) else self.rank)
-        put("exclude", patterns("exclude", self.exclude))
-        put("train", patterns("train", self.train))
-        put("axes", {pattern: axes_of(pattern, value) for pattern, value in mapping("axes", self.axes)})
-        put("layers", None if self.layers is None else indices("layers", self.layers))
-        tokens = {p: indices(f"train_tokens[{p!r}]", ids) for p, ids in mapping("train_tokens", self.train_tokens)}
-        put("train_tokens", tokens)
-        put("options", dict(mapping("options", self.options)))
-        put("dtype", None if self.dtype is None else float_dtype(self.dtype))
-        validate(self)
-        put("overrides", {p: override(self, p, value) for p, value in mapping("overrides", self.overrides)})
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in checked(given).items():
+            object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return hash((self.rank, self.alpha, self.dropout, self.scaling, self.bias, self.seed))
@@ -118,12 +98,12 @@ class LoraSpec:
     @property
     def node(self) -> type[AdaptedParam]:
         """The class of the variant."""
-        return VARIANTS[self.variant] if isinstance(self.variant, str) else self.variant
+        return class_of(self.variant)
 
     @property
     def variant_name(self) -> str:
         """As messages call it."""
-        return f"variant {self.variant!r}" if isinstance(self.variant, str) else f"variant {self.variant.__name__}"
+        return told(self.variant)
 
     @property
     def scale(self) -> float:
@@ -131,6 +111,13 @@ class LoraSpec:
         if self.scaling == "rslora":
             return self.alpha / math.sqrt(self.rank)
         return self.alpha / self.rank if self.scaling == "alpha/r" else float(self.scaling)
+
+    @property
+    def kernel(self) -> KernelSpec:
+        """What a variant is told of it."""
+        options = {**self.node.OPTIONS, **self.options}
+        dtype = jnp.dtype(self.dtype or jnp.float32)
+        return KernelSpec(self.rank, self.scale, float(self.dropout), self.init, dtype, options)
 
     def at(self, path: str) -> LoraSpec:
         """The spec with the overrides for the kernel at `path` put in."""

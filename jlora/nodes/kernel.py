@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora import init as inits
-from jlora.axes import Axes
-from jlora.fields import GROUPS, mapped, matrices, sizes_of
-from jlora.qarray import dense
+from jlora.factors.random import RANDOM, embedding
+from jlora.factors.spectral import spectral
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import GROUPS, mapped, matrices, sizes_of
+from jlora.nodes.qarray import dense
 
-if TYPE_CHECKING:
-    from jlora.spec import LoraSpec
+
+@dataclasses.dataclass(frozen=True)
+class KernelSpec:
+    """What a spec says of one kernel.
+
+    Args:
+      rank: r.
+      scale: the factor s of the update.
+      dropout: rate of the dropout on the low-rank path's input.
+      init: a name, or a function, as of `jlora.LoraSpec`.
+      dtype: of the trained arrays.
+      options: all settings of the variant's own, those that were not given with their defaults.
+    """
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    init: str | Callable = "kaiming"
+    dtype: Any = jnp.dtype(jnp.float32)
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +48,7 @@ class Kernel:
       shape: of the leaf.
       axes: which of them are in, out and batch.
       kind: ``"dot"``, ``"embedding"``, ``"conv"`` or ``"ragged_dot"``.
-      spec: with the overrides for this path put in.
+      spec: the settings of its variant, the overrides for this path put in.
       layers: which of the layers stacked on the first batch axis are adapted; None: all.
     """
 
@@ -35,13 +56,13 @@ class Kernel:
     shape: tuple[int, ...]
     axes: Axes
     kind: str
-    spec: LoraSpec
+    spec: KernelSpec
     layers: tuple[int, ...] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         """The static fields of a node with low-rank factors."""
-        return {**self.place, "scale": self.spec.scale, "dropout": float(self.spec.dropout)}
+        return {**self.place, "scale": self.spec.scale, "dropout": self.spec.dropout}
 
     @property
     def place(self) -> dict[str, Any]:
@@ -51,11 +72,11 @@ class Kernel:
     @property
     def dtype(self) -> Any:
         """Of the trained arrays."""
-        return jnp.dtype(self.spec.dtype or jnp.float32)
+        return self.spec.dtype
 
     def option(self, name: str) -> Any:
         """A setting of the variant's own."""
-        return {**self.spec.node.OPTIONS, **self.spec.options}[name]
+        return self.spec.options[name]
 
     def sizes(self, dims: str, **own: int) -> tuple[int, ...]:
         """The shape of a field; `own` has the sizes of the words that are no axes of the kernel."""
@@ -88,7 +109,7 @@ class Kernel:
 
     def low_rank(self, base: Any, key: jax.Array) -> dict[str, Any]:
         """The factors that the spec's `init` makes: lora_a and lora_b, and start where they are parts of W."""
-        if make := inits.spectral(self.spec.init):
+        if make := spectral(self.spec.init):
             if self.spec.scale <= 0:
                 self.refuse(
                     "scaling", f"init={self.spec.init!r} divides by the scale, which must be positive", self.spec.scale
@@ -101,7 +122,7 @@ class Kernel:
 
     def _drawn(self, key: jax.Array) -> tuple[Any, Any]:
         init = self.spec.init
-        make = init if callable(init) else inits.embedding if self.kind == "embedding" else inits.RANDOM[init]
+        make = init if callable(init) else embedding if self.kind == "embedding" else RANDOM[init]
         ins, outs, rank = self.sizes("in"), self.sizes("out"), self.spec.rank
         lora_a, lora_b = make(key, ins, outs, rank, self.dtype)
         if lora_a.shape != (*ins, rank) or lora_b.shape != (rank, *outs):

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from jlora.fields import GROUPS, leaf_fields, map_fields, own_sizes, sizes_of
 from jlora.interpret.factored import Factored
-from jlora.nodes import AdaptedParam
-from jlora.qarray import is_hole, is_whole
+from jlora.nodes.fields import GROUPS, leaf_fields, map_fields, own_sizes, sizes_of
+from jlora.nodes.node import AdaptedParam
+from jlora.nodes.qarray import is_hole, is_whole
 
 
 def check_whole(where: str, path: str, node: AdaptedParam) -> None:

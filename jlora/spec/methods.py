@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jlora.settings import modules
-from jlora.settings.reader import Settings
+from jlora.spec import modules
+from jlora.spec.reader import Settings
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.axes import Axes
-from jlora.fields import GROUPS, PAIR, frozen, static, trained
-from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.factored import Factored
 from jlora.interpret.products import transposed
-from jlora.qarray import is_qarray
-
-if TYPE_CHECKING:
-    from jlora.kernel import Kernel
-
+from jlora.nodes.fields import GROUPS, trained
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.qarray import is_qarray
 
 _ARRAY_ATTRIBUTES = frozenset(
     "T mT at astype reshape ravel flatten transpose swapaxes squeeze sum mean max min dot take copy item tolist size"
@@ -136,66 +132,6 @@ class AdaptedParam(abc.ABC):
         if name in _ARRAY_ATTRIBUTES:
             self._refuse()
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class LoraParam(AdaptedParam):
-    """A kernel W with low-rank factors: stands for ``W + scale * A @ B``.
-
-    Where the factors start from parts of W (PiSSA, OLoRA and their like) it stands for
-    ``W + scale * (A @ B - A_0 @ B_0)``: W itself stays whole.
-
-    Args:
-      base: W, frozen.
-      lora_a: A, of shape (batch..., in..., r), trained.
-      lora_b: B, of shape (batch..., r, out...), trained.
-      axes: which axes of W are in, out and batch.
-      scale: s.
-      dropout: rate of the dropout on A's input.
-      layers: which of the layers stacked on the first batch axis are adapted; None: all. The factors have these alone.
-      start: (A_0, B_0), frozen, or () where their product is zero.
-
-    References:
-      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-    """
-
-    base: Any = frozen()
-    lora_a: Any = trained("batch in rank")
-    lora_b: Any = trained("batch rank out")
-    axes: Axes = static()
-    scale: float = static(default=1.0)
-    dropout: float = static(default=0.0)
-    layers: tuple[int, ...] | None = static(default=None)
-    start: tuple[Any, ...] = frozen(PAIR, default=())
-
-    @classmethod
-    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> LoraParam:
-        return cls(base, **kernel.low_rank(base, key), **kernel.settings)
-
-    @property
-    def rank(self) -> int:
-        return self.lora_a.shape[-1]
-
-    def effective(self, name: str, key: jax.Array | None) -> Factored:
-        return low_rank_of(self, name, key)
-
-
-def low_rank_of(node: Any, name: str, key: jax.Array | None) -> Factored:
-    """The low-rank factors of a node that has the fields of a `LoraParam`, beside its base."""
-    lora_a, lora_b = from_start(node)
-    factors = node.beside(lora_a, "batch in rank"), node.beside(lora_b, "batch rank out")
-    key = key if node.dropout else None
-    return low_rank(node.base, *factors, key=key, name=name, scale=node.scale, dropout=node.dropout)
-
-
-def from_start(node: Any) -> tuple[jax.Array, jax.Array]:
-    """The factors of A B - A_0 B_0 as (A - A_0) B + A_0 (B - B_0): small numbers, and zero at the start."""
-    if not node.start:
-        return node.lora_a, node.lora_b
-    start_a, start_b = node.start
-    lora_a = jnp.concatenate([node.lora_a - start_a, start_a], axis=-1)
-    return lora_a, jnp.concatenate([node.lora_b, node.lora_b - start_b], axis=len(node.axes.batch_axis))
 
 
 @jax.tree_util.register_dataclass
