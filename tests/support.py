@@ -27,15 +27,22 @@ def spec_of(program: Any, rank: int = 2, **settings: Any) -> jlora.LoraSpec:
 def randomised(tree: Any, std: float = 0.3) -> Any:
     """The wrapped tree with normal noise in all that trains."""
     trainable, frozen = jlora.partition(tree)
-    leaves, treedef = jax.tree.flatten(trainable)
-    rng = np.random.default_rng(0)
-    noise = [jnp.asarray(rng.normal(scale=std, size=leaf.shape), leaf.dtype) for leaf in leaves]
-    return jlora.combine(treedef.unflatten(noise), frozen)
+    return jlora.combine(filled(trainable, std), frozen)
 
 
 def adapted(program: Program) -> Any:
-    """The program's parameters, wrapped, with random adapters."""
-    return randomised(jlora.wrap(program.params, spec_of(program)))
+    """The program's parameters, wrapped, with random adapters: the plan of `wrap`, filled, so that nothing is drawn."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.params)
+    trainable, frozen = jlora.partition(jlora.wrap(shapes, spec_of(program)))
+    bases = jax.tree.unflatten(jax.tree.structure(frozen), jax.tree.leaves(program.params))
+    return jlora.combine(filled(trainable), bases)
+
+
+def filled(trainable: Any, std: float = 0.3) -> Any:
+    """A tree of arrays, or of shapes, with normal noise in their places."""
+    leaves, treedef = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(0)
+    return treedef.unflatten([jnp.asarray(rng.normal(scale=std, size=x.shape), x.dtype) for x in leaves])
 
 
 def floats(tree: Any) -> list[np.ndarray]:
@@ -62,6 +69,22 @@ def has_loop(jaxpr: Any) -> bool:
     """Whether there is a loop at any depth: compiled as one even in eager JAX, so that XLA may round otherwise."""
     inside = (sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
     return any(eqn.primitive.name in ("scan", "while") for eqn in jaxpr.eqns) or any(map(has_loop, inside))
+
+
+def evaluated(fn: Any, *args: Any) -> Any:
+    """``fn(*args)`` as one program of constants, most of which XLA evaluates while it compiles.
+
+    That takes about half the time of making code for it; loops are compiled as ever. For what says nothing of the
+    compiled program itself.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    constants = [np.asarray(x) if isinstance(x, jax.Array) and not _is_key(x) else x for x in leaves]
+    arrays = lambda: [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in constants]
+    return jax.jit(lambda: fn(*treedef.unflatten(arrays())))()
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def compiled(fn: Any, *args: Any, **kwargs: Any) -> Any:
