@@ -53,7 +53,7 @@ def case(kernels: dict[str, tuple[int, ...]], *args):
 
 @case({"up": (8, 16), "down": (16, 8)}, (5, 8))
 def dense(p, x):
-    return jnp.tanh(x @ p["up"]) @ p["down"]
+    return x @ p["up"] @ p["down"]
 
 
 @case({"w": (12, 8)}, (5, 8))
@@ -67,10 +67,10 @@ def multi_axis(p, x):
     return jnp.einsum("thk,hkd->td", heads, p["out"])
 
 
-@case({"up": (3, 8, 12), "down": (12, 3, 8)}, (5, 8))
+@case({"w": (8, 3, 12)}, (5, 8))
 def stacked(p, x):
-    layers = p["up"], jnp.moveaxis(p["down"], 1, 0)
-    return lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, layers)[0]
+    """The layers lie inside; `stacked_experts` has them at the front."""
+    return lax.scan(lambda x, w: (x + jnp.tanh(x @ w)[:, :8], None), x, jnp.moveaxis(p["w"], 1, 0))[0]
 
 
 @case({"up": (3, 2, 8, 12)}, (2, 5, 8))
@@ -78,9 +78,9 @@ def stacked_experts(p, x):
     return lax.scan(lambda x, w: (jnp.einsum("etd,edf->etf", x, w)[..., :8], None), x, p["up"])[0]
 
 
-@case({"up": (3, 8, 12), "down": (3, 12, 8)}, (3, 5, 8))
+@case({"w": (3, 8, 12)}, (3, 5, 8))
 def expert(p, x):
-    return jnp.einsum("etf,efd->etd", jnp.tanh(jnp.einsum("etd,edf->etf", x, p["up"])), p["down"])
+    return jnp.einsum("etd,edf->etf", x, p["w"])
 
 
 @case({"w": (3, 8, 12)}, (7, 8), jnp.asarray([2, 0, 5]))
@@ -159,5 +159,5 @@ def moved(tree: Any, std: float = 0.3) -> Any:
     trainable, frozen = jlora.partition(tree)
     leaves, treedef = jax.tree.flatten(trainable)
     rng = np.random.default_rng(0)
-    changed = [x + jnp.asarray(rng.normal(scale=std, size=x.shape), x.dtype) for x in leaves]
+    changed = [jnp.asarray(np.asarray(x) + rng.normal(scale=std, size=x.shape).astype(x.dtype)) for x in leaves]
     return jlora.combine(treedef.unflatten(changed), frozen)

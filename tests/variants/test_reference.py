@@ -216,11 +216,14 @@ KINDS = {
 CORE = ("dense", "heads", "stacked", "conv", "embedding")
 # An embedding's A starts as zero, and so it stays where A is frozen: nothing trains.
 every_kind = pytest.mark.parametrize(
-    "name, use",
+    "name, uses",
     [
-        pytest.param(n, use, marks=[] if use in CORE else [pytest.mark.slow])
-        for n, kind in KINDS.items()
-        for use in kind.uses
+        pytest.param(name, uses, id=f"{name}-{label}", marks=marks)
+        for name, kind in KINDS.items()
+        for label, marks, uses in (
+            ("core", [], tuple(use for use in kind.uses if use in CORE)),
+            ("rest", [pytest.mark.slow], tuple(use for use in kind.uses if use not in CORE)),
+        )
     ],
 )
 
@@ -292,15 +295,28 @@ def _inputs(use: Use):
     return x if x.dtype.kind == "i" else x.astype(np.float64), np.asarray(noise(*y.shape), np.float64)
 
 
-def found_grads(name: str, use_name: str, params):
-    kind, use = KINDS[name], USES[use_name]
-    weights = jnp.asarray(_inputs(use)[1], jnp.float32)
-    loss = lambda params: (weights * jlora.apply(use.run, fallback="ignore")(params, use.x)).sum()
-    value, grads = jax.jit(jlora.value_and_grad(loss))(params)
-    names = {f.name for f in dataclasses.fields(grads["w"]) if jax.tree.leaves(getattr(grads["w"], f.name))}
-    fields = {n: getattr(grads["w"], n) for n in names if n not in ("axes", "scale", "dropout", "layers", "size")}
+@functools.cache
+def found(name: str, uses: tuple[str, ...]):
+    """Of one compiled program: for each use the merged kernel, the loss, and its gradient by each trained array."""
+    tree = {use: wrapped(name, use) for use in uses}
+    weights = {use: np.asarray(_inputs(USES[use])[1], np.float32) for use in uses}
+    run = jlora.apply(lambda tree: {use: USES[use].run(tree[use], USES[use].x) for use in uses}, fallback="ignore")
+
+    def loss(tree):
+        losses = {use: (weights[use] * y).sum() for use, y in run(tree).items()}
+        return sum(losses.values()), losses
+
+    both = jax.jit(lambda tree: (jlora.merge(tree), jlora.value_and_grad(loss, has_aux=True)(tree)))
+    merged, ((_, losses), grads) = both(tree)
+    return {use: (merged[use]["w"], losses[use], fields_of(grads[use]["w"], KINDS[name], USES[use])) for use in uses}
+
+
+def fields_of(grads, kind: Kind, use: Use):
+    """The gradients in a node by name, as (layers, ...): of what trains and of nothing else."""
+    names = {f.name for f in dataclasses.fields(grads) if jax.tree.leaves(getattr(grads, f.name))}
+    fields = {n: getattr(grads, n) for n in names if n not in ("axes", "scale", "dropout", "layers", "size")}
     assert {*fields} == {*kind.trained}
-    return value, {n: grouped(np.asarray(x, np.float64), kind.trained[n], use) for n, x in fields.items()}
+    return {n: grouped(np.asarray(x, np.float64), kind.trained[n], use) for n, x in fields.items()}
 
 
 def close(found, expected, tolerance):
@@ -312,35 +328,36 @@ def close(found, expected, tolerance):
 
 
 @every_kind
-def test_merged(name, use):
-    params = wrapped(name, use)
-    arrays = arrays_of(params["w"], KINDS[name], USES[use])
-    expected = effective(KINDS[name], USES[use], params["w"], arrays, arrays)
-    found = as_matrices(jax.jit(jlora.merge)(params)["w"], USES[use])
-    assert close(found, expected, 1e-5)
-    assert not close(found, as_matrices(USES[use].base, USES[use]), 1e-2)
+def test_merged_kernels_and_gradients(name, uses):
+    for use, (merged, value, grads) in found(name, uses).items():
+        assert_merged(name, use, merged)
+        assert_gradients(name, use, value, grads)
 
 
-@every_kind
-def test_gradients(name, use):
-    params = wrapped(name, use)
-    value, expected = reference_grads(name, use, params["w"])
-    found_value, found = found_grads(name, use, params)
-    np.testing.assert_allclose(found_value, value, rtol=1e-4, atol=1e-3)
+def assert_merged(name, use, merged):
+    node, base = wrapped(name, use)["w"], as_matrices(USES[use].base, USES[use])
+    arrays = arrays_of(node, KINDS[name], USES[use])
+    expected = effective(KINDS[name], USES[use], node, arrays, arrays)
+    assert close(as_matrices(merged, USES[use]), expected, 1e-5), use
+    assert not close(as_matrices(merged, USES[use]), base, 1e-2), use
+
+
+def assert_gradients(name, use, found_value, found_grads):
+    value, expected = reference_grads(name, use, wrapped(name, use)["w"])
+    np.testing.assert_allclose(found_value, value, rtol=1e-4, atol=1e-3, err_msg=use)
     for field, x in expected.items():
-        assert np.abs(x).max() > 1e-2, field
-        assert close(found[field], x, 1e-4), field
+        assert np.abs(x).max() > 1e-2, (use, field)
+        assert close(found_grads[field], x, 1e-4), (use, field)
 
 
 @pytest.mark.parametrize("use", ["dense", "stacked", "conv", "embedding"])
 def test_the_gradient_does_not_flow_through_doras_norm(use):
     """The reference with a gradient through the norm differs, so that the other test can fail."""
-    params = wrapped("dora", use)
-    _, through = reference_grads("dora", use, params["w"], is_detached=False)
-    _, found = found_grads("dora", use, params)
-    assert close(found["magnitude"], through["magnitude"], 1e-4)
-    assert not close(found["lora_a"], through["lora_a"], 1e-2)
-    assert not close(found["lora_b"], through["lora_b"], 1e-2)
+    _, through = reference_grads("dora", use, wrapped("dora", use)["w"], is_detached=False)
+    _, _, grads = found("dora", CORE)[use]
+    assert close(grads["magnitude"], through["magnitude"], 1e-4)
+    assert not close(grads["lora_a"], through["lora_a"], 1e-2)
+    assert not close(grads["lora_b"], through["lora_b"], 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -360,19 +377,27 @@ def test_doras_magnitude_starts_as_the_norm(use, axis):
 def test_a_column_of_zeros_stays_one_in_dora(init):
     base = USES["dense"].base.at[:, 3].set(0)
     spec = jlora.LoraSpec(targets="w", rank=2, variant="dora", init=init, axes={"w": jlora.Axes((0,), (1,))})
-    params = jlora.wrap({"w": base}, spec)
-    tx = jlora.optimizer(optax.adam(1e-2), params)
-    state = tx.init(params)
-    for _ in range(3):
-        value, grads = jlora.value_and_grad(lambda p: (jlora.apply(USES["dense"].run)(p, USES["dense"].x) ** 2).sum())(
-            params
-        )
-        assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, grads)))
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    merged = np.asarray(jlora.merge(params)["w"])
+    params, seen = trained(jlora.wrap({"w": base}, spec), "dense", optax.adam(1e-2))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(seen))
+    merged = np.asarray(jax.jit(jlora.merge)(params)["w"])
     assert np.isfinite(merged).all() and not merged[:, 3].any()
     assert not np.array_equal(merged, base)
+
+
+def trained(params, use, tx):
+    """The tree after three steps, and the value and the gradients of each."""
+    tx = jlora.optimizer(tx, params)
+    loss = lambda p: (jlora.apply(USES[use].run)(p, USES[use].x) ** 2).sum()
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jlora.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), (value, grads)
+
+    run = jax.jit(lambda params: lax.scan(step, (params, tx.init(params)), length=3))
+    (params, _), seen = run(params)
+    return params, seen
 
 
 # What the factors start as.
@@ -455,21 +480,26 @@ def test_rounds_of_iteration_come_to_the_exact_decomposition(shape):
     np.testing.assert_allclose(np.square(node.lora_a).sum(0) * node.scale, values, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant, init", [(v, i) for v in ("lora", "dora", "lora_fa") for i in ("pissa", "olora")])
-@pytest.mark.parametrize("use", ["dense", "some_layers"])
+# Each variant with each start, each of them with both uses.
+TRAINED = [
+    ("lora", "pissa", "dense"),
+    ("lora", "olora", "some_layers"),
+    ("dora", "pissa", "some_layers"),
+    ("dora", "olora", "dense"),
+    ("lora_fa", "pissa", "dense"),
+    ("lora_fa", "olora", "some_layers"),
+]
+
+
+@pytest.mark.parametrize("variant, init, use", TRAINED)
 def test_training_from_parts_of_the_kernel_keeps_the_kernel(variant, init, use):
-    params = before = {"w": USES[use].base}
+    before = {"w": USES[use].base}
     layers = {"layers": LAYERS} if use == "some_layers" else {}
     spec = jlora.LoraSpec(targets="w", rank=RANK, alpha=ALPHA, variant=variant, init=init, **layers)
-    params = jlora.wrap(params, spec, sites=jlora.sites(USES[use].run, params, USES[use].x))
-    tx = jlora.optimizer(optax.adamw(1e-2), params)
-    state = tx.init(params)
-    for _ in range(3):
-        grads = jlora.grad(lambda p: (jlora.apply(USES[use].run)(p, USES[use].x) ** 2).sum())(params)
-        updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+    params = jlora.wrap(before, spec, sites=jlora.sites(USES[use].run, before, USES[use].x))
+    params, _ = trained(params, use, optax.adamw(1e-2))
     assert same_bits(jlora.unwrap(params), before)
-    assert not close(jlora.merge(params)["w"], before["w"], 1e-3)
+    assert not close(jax.jit(jlora.merge)(params)["w"], before["w"], 1e-3)
 
 
 # Biases and rows.
@@ -482,10 +512,10 @@ def test_lora_bias():
     model = lambda p, x: x @ p["kernel"] + p["bias"]
     x, weights = noise(5, IN), noise(5, OUT)
     loss = lambda params: (weights * jlora.apply(model)(params, x)).sum()
-    value, grads = jlora.value_and_grad(loss)(params)
+    value, grads = jax.jit(jlora.value_and_grad(loss))(params)
     whole = {n: np.asarray(getattr(params["kernel"], n), np.float64) for n in ("base", *PAIR)}
     bias = np.asarray(params["bias"].base, np.float64) + SCALE * np.asarray(params["bias"].lora_bias, np.float64)
-    np.testing.assert_allclose(jlora.merge(params)["bias"], bias, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jlora.merge)(params)["bias"], bias, rtol=1e-6)
     x, weights = np.asarray(x, np.float64), np.asarray(weights, np.float64)
     expected = (weights * (x @ lora(whole, whole, None) + bias)).sum()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -507,7 +537,7 @@ def test_trained_rows_replace_those_of_the_table():
     params, tree = with_rows()
     np.testing.assert_array_equal(tree["table"].rows, np.asarray(params["table"])[[*ROWS]])
     tree = moved(tree)
-    merged, base = np.asarray(jlora.merge(tree)["table"]), np.asarray(params["table"])
+    merged, base = np.asarray(jax.jit(jlora.merge)(tree)["table"]), np.asarray(params["table"])
     others = [i for i in range(IN) if i not in ROWS]
     np.testing.assert_allclose(merged[[*ROWS]], tree["table"].rows, rtol=1e-6, atol=1e-7)
     assert merged[others].tobytes() == base[others].tobytes()
@@ -530,7 +560,7 @@ def test_the_gradient_of_rows_is_that_of_their_lookups(is_tied):
         x = p["table"][tokens]
         return x @ p["table"].T if is_tied else x
 
-    grads = jlora.grad(lambda p: (weights * jlora.apply(model)(p, TOKENS)).sum())(tree)
+    grads = jax.jit(jlora.grad(lambda p: (weights * jlora.apply(model)(p, TOKENS)).sum()))(tree)
     table = np.asarray(tree["table"].base, np.float64).copy()
     table[[*ROWS]] = tree["table"].rows
     c, unit = np.asarray(weights, np.float64), np.eye(IN)[np.asarray(TOKENS)]
