@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 RANK, SCALE = 8, 2.0
-LAYERS, WIDTH, HEADS, HIDDEN, SEQUENCE, BATCH, VOCABULARY = 4, 128, 4, 512, 64, 4, 256
+LAYERS, WIDTH, HEADS, HIDDEN, SEQUENCE, BATCH, VOCABULARY = 2, 128, 4, 512, 64, 4, 256
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
