@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
@@ -33,20 +35,35 @@ def losses(out):
     return [line["loss"] for line in lines(out)]
 
 
+@dataclass
+class Whole:
+    """A job that nothing has interrupted: its directory, its parameters, and what it took the perplexities of."""
+
+    out: Path
+    params: Any
+    measured: list
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A job that nothing has interrupted: its directory, what it printed, its parameters."""
-    out, kept = tmp_path_factory.mktemp("whole"), []
-    patch = pytest.MonkeyPatch()
+    out, exported, measured = tmp_path_factory.mktemp("whole"), [], []
     export = job.export
-    patch.setattr(job, "export", lambda params, *rest: (kept.append(params), export(params, *rest)))
-    assert run(out, "--evaluate") == 0
-    patch.undo()
-    return out, kept[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "export", lambda params, *rest: (exported.append(params), export(params, *rest)))
+        patch.setattr(job, "perplexity", lambda _, params, batches: measured.append((params, [*batches])) or 1.0)
+        assert run(out, "--evaluate") == 0
+    return Whole(out, exported[0], measured)
+
+
+LOGITS = jax.jit(lambda params, ids: jlora.apply(job.TINY.apply)({"params": params}, ids))
+
+
+def held_out():
+    return job.split(job.windows(job.tiny(job.TINY)[1], 32))[1]
 
 
 def test_the_loss_falls_and_each_step_has_its_line(whole):
-    out, _ = whole
+    out = whole.out
     assert [line["step"] for line in lines(out)] == list(range(1, 13))
     assert np.mean(losses(out)[-3:]) < np.mean(losses(out)[:3]) - 0.2
     rates = [line["learning_rate"] for line in lines(out)]
@@ -57,11 +74,11 @@ def test_the_loss_falls_and_each_step_has_its_line(whole):
 def test_the_base_keeps_its_bits(whole):
     host, _ = job.tiny(job.TINY)
     base = jax.tree.map(lambda x: x.astype(np.float32), host)
-    assert same_bits(jax.device_get(jlora.unwrap(whole[1])), base)
+    assert same_bits(jax.device_get(jlora.unwrap(whole.params)), base)
 
 
 def test_everything_lies_where_its_kernel_lies(whole):
-    _, params = whole
+    params = whole.params
     node = params["layers"]["attention"]["q_proj"]["kernel"]
     assert node.base.sharding.spec == jax.P(None, "fsdp", "tensor")
     assert node.lora_a.sharding.spec[:2] == (None, "fsdp") and node.lora_b.sharding.spec[2] == "tensor"
@@ -72,12 +89,9 @@ def test_everything_lies_where_its_kernel_lies(whole):
 
 
 def test_the_adapter_that_is_written_is_the_one_that_was_trained(whole):
-    out, params = whole
-    ids = np.arange(16).reshape(2, 8)
-    host = jax.device_get(params)
-    read = jlora.peft.load(out / "adapter", jlora.unwrap(host), names="llama")
-    logits = lambda tree: jlora.apply(job.TINY.apply)({"params": tree}, ids)
-    np.testing.assert_allclose(logits(read), logits(host), atol=1e-4)
+    host = jax.device_get(whole.params)
+    read = jlora.peft.load(whole.out / "adapter", jlora.unwrap(host), names="llama")
+    np.testing.assert_allclose(LOGITS(read, held_out()), LOGITS(host, held_out()), atol=1e-4)
 
 
 @pytest.mark.slow
@@ -98,8 +112,8 @@ def test_an_interrupted_job_goes_on_to_the_bit(whole, tmp_path, monkeypatch, cap
     assert run(tmp_path) == 0
     assert "going on from step 7 of 12" in capsys.readouterr().out
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 13))
-    assert losses(tmp_path) == losses(whole[0])
-    weights = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (tmp_path, whole[0])]
+    assert losses(tmp_path) == losses(whole.out)
+    weights = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (tmp_path, whole.out)]
     assert weights[0] == weights[1]
 
 
@@ -118,19 +132,21 @@ def test_a_job_that_dies_does_the_steps_after_its_checkpoint_again(whole, tmp_pa
     monkeypatch.undo()
     assert run(tmp_path, "--mesh", "data=2,fsdp=2,tensor=2") == 0
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 13))
-    assert losses(tmp_path)[:5] == losses(whole[0])[:5]
-    np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-5)
+    assert losses(tmp_path)[:5] == losses(whole.out)[:5]
+    np.testing.assert_allclose(losses(tmp_path), losses(whole.out), rtol=1e-5)
 
 
 def test_a_finished_job_only_writes_its_adapter_again(whole):
-    out, _ = whole
+    out = whole.out
     before = (out / "metrics.jsonl").read_text()
     assert run(out) == 0
     assert (out / "metrics.jsonl").read_text() == before
 
 
-def test_other_settings_do_not_go_on_with_a_job(whole, capsys):
-    assert run(whole[0], "--rank", "4") == 1
+def test_other_settings_do_not_go_on_with_a_job(whole, capsys, monkeypatch):
+    shapes = lambda host, *_: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), host)
+    monkeypatch.setattr(job, "place", shapes)  # it is refused before the base is needed
+    assert run(whole.out, "--rank", "4") == 1
     assert "holds a job with --rank 8" in capsys.readouterr().err
 
 
@@ -138,13 +154,13 @@ def test_other_settings_do_not_go_on_with_a_job(whole, capsys):
 @pytest.mark.parametrize("flags", ["--accumulate 2 --remat full", "--mesh data=2,fsdp=2,tensor=2 --remat outputs"])
 def test_what_must_not_change_the_losses(whole, tmp_path, flags):
     assert run(tmp_path, *flags.split()) == 0
-    np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole.out), rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_bfloat16_is_near(whole, tmp_path):
     assert run(tmp_path, "--dtype", "bfloat16", "--base-dtype", "bfloat16") == 0
-    np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-2)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole.out), rtol=1e-2)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -175,14 +191,15 @@ def test_batches_start_at_any_step():
 
 
 def test_held_out_rows_count_once(whole):
-    _, params = whole
-    here = mesh.make_mesh(mesh.read_mesh("fsdp=4,tensor=2"))
-    rows = np.random.default_rng(0).integers(0, 256, (11, 16), np.int32)
-    found = step.perplexity(job.TINY, params, data.in_order(rows, here, 8))
-    host = jax.device_get(params)
-    log_probs = jax.nn.log_softmax(jlora.apply(job.TINY.apply)({"params": host}, rows)[:, :-1])
-    picked = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)
-    assert found == pytest.approx(float(jnp.exp(-picked.mean())), rel=1e-4)
+    """Those of the last batch too, which has places left."""
+    (base, _), (params, batches) = whole.measured
+    assert not jlora.tree.has_nodes(base) and params is whole.params
+    rows = held_out()
+    assert len(rows) == 47 and len(batches) == 6
+    log_probs = np.asarray(jax.nn.log_softmax(LOGITS(jax.device_get(params), rows)[:, :-1]))
+    picked = np.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)
+    found = step.perplexity(job.TINY, params, batches)
+    assert found == pytest.approx(float(np.exp(-picked.mean())), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +257,8 @@ def test_the_pretrained_model_splits_into_three_by_heads():
 
 
 def test_every_leaf_of_the_model_has_one_place():
-    shapes = jax.eval_shape(lambda: job.PRETRAINED.init(jax.random.key(0), np.zeros((1, 8), int)))["params"]
+    model = job.PRETRAINED.clone(layers=2)  # the layers are one stack
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8), int)))["params"]
     here = mesh.make_mesh(mesh.read_mesh("fsdp=8"))
     sizes = {path: x.size for path, x in jax.tree.leaves_with_path(shapes)}
     split = mesh.place(jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes), here, "bfloat16")
@@ -257,8 +275,8 @@ def test_flops_are_those_that_xla_counts():
     params = job.adapt(model, params, args)
     ids = jax.ShapeDtypeStruct((2, 128), "int32")
     loss = lambda params, ids: step.next_token_losses(jlora.apply(model.apply)({"params": params}, ids), ids).mean()
-    counted = jax.jit(jlora.value_and_grad(loss)).lower(params, ids).compile().cost_analysis()["flops"]
-    assert metrics.flops_per_token(model, params, 128) * 2 * 128 == pytest.approx(counted, rel=0.1)
+    counted = jax.jit(jlora.value_and_grad(loss)).lower(params, ids).cost_analysis()["flops"]
+    assert metrics.flops_per_token(model, params, 128) * 2 * 128 == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -293,19 +311,23 @@ def test_a_process_by_hand_is_told_in_whole(flags, capsys):
     assert "--coordinator, --processes and --process go together" in capsys.readouterr().err
 
 
-def test_a_laptop_is_no_cluster():
-    code = (
-        "import jax; from jlora.examples.pod import __main__ as job, processes; processes.start(job.parse([])); "
-        "print(jax.distributed.is_initialized(), jax.process_count())"
-    )
+def test_a_laptop_is_no_cluster_and_one_that_is_asked_for_is_an_error():
+    code = """
+import jax, runpy, sys
+from jlora.examples.pod import processes
+from jlora.examples.pod.__main__ import parse
+processes.start(parse([]))
+print(jax.distributed.is_initialized())
+sys.argv = ["pod", "--tiny", "--distributed"]
+del sys.modules["jlora.examples.pod.__main__"]
+try:
+    runpy.run_module("jlora.examples.pod", run_name="__main__")
+finally:
+    print(jax.process_count())
+"""
     env = {name: x for name, x in os.environ.items() if not name.startswith(("SLURM", "OMPI", "KUBERNETES", "JAX_"))}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["False", "1"], done.stderr
-
-
-def test_a_cluster_that_is_asked_for_and_not_there_is_an_error():
-    command = [sys.executable, "-m", "jlora.examples.pod", "--tiny", "--distributed"]
-    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "--distributed off runs this process by itself" in done.stderr
