@@ -58,12 +58,18 @@ def test_values_and_gradients(dtype, most, tile, monkeypatch):
     """Here as if the CPU had such products: near to the exact ones, with the gradient of these."""
     monkeypatch.setattr(eightbits, "PLATFORMS", {"int8": ("cpu",), "float8_e4m3fn": ("cpu",)})
     params = jlora.wrap(base(dtype, tile), jlora.LoraSpec(rank=4))
-    found, exact = run(params, X, native_dots=True), run(params, X)
-    assert 0 < error(found, exact) < most
-    of = lambda **settings: jax.grad(lambda x: run(params, x, **settings).sum())(X)
-    assert error(of(native_dots=True), of()) <= 1e-6
     turned = lambda p, x: jnp.einsum("df,td->ft", p["kernel"], x)
-    assert error(jlora.apply(turned, native_dots=True)(params, X), exact.T) < most
+
+    @jax.jit
+    def program(params, x):
+        values = run(params, x, native_dots=True), run(params, x)
+        slope = lambda **settings: jax.grad(lambda x: run(params, x, **settings).sum())(x)
+        return *values, jlora.apply(turned, native_dots=True)(params, x), slope(native_dots=True), slope()
+
+    found, exact, found_turned, *slopes = program(params, X)
+    assert 0 < error(found, exact) < most
+    assert error(*slopes) <= 1e-6
+    assert error(found_turned, exact.T) < most
 
 
 def test_in_loops_and_stacks(monkeypatch):
