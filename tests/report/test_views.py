@@ -20,7 +20,8 @@ from jlora.report.style import DARK, LIGHT
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --hide-scrollbars""".split()
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH")
+_skipped = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the PATH")
+needs_chromium = lambda test: pytest.mark.slow(_skipped(test))  # it starts a browser
 
 
 class Block(nn.Module):
@@ -46,10 +47,11 @@ class Model(nn.Module):
 
 @functools.cache
 def views():
-    """The summary and the explanation of that model, one of its bases quantised, its head trained in full."""
+    """The summary and the explanation of that model, one of its bases quantised, its head trained in full; a plan."""
     model, tokens = Model(), jnp.zeros((2, 8), jnp.int32)
     fn = lambda params, tokens: model.apply({"params": params}, tokens)
-    base = jlora.quant.quantize(model.init(jax.random.key(0), tokens)["params"], targets="stem_1/up/kernel")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    base = jlora.quant.quantize(shapes, targets="stem_1/up/kernel")
     spec = jlora.LoraSpec(
         targets=["query", "value", "up", "gate", "embed"],
         rank=4,
@@ -109,9 +111,7 @@ PAGES = {
 
 
 @needs_chromium
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in ("plain", "JupyterLab, dark") else pytest.mark.slow) for n in PAGES]
-)
+@pytest.mark.parametrize("name", PAGES)
 def test_colours_are_those_of_the_page(name, tmp_path):
     """What the notebook tells goes before what the system tells."""
     page, flags, palette = PAGES[name]
@@ -182,7 +182,7 @@ def test_styles_do_not_leak(tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [300, pytest.param(400, marks=pytest.mark.slow), 900])
+@pytest.mark.parametrize("width", [300, 400, 900])
 def test_nothing_is_cut_or_sticks_out(width, tmp_path):
     name = "a" * 300
     odd = jlora.wrap({name: {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}, jlora.LoraSpec(rank=1))
