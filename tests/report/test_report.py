@@ -307,12 +307,17 @@ def test_html_shows_alike_layers_once():
     assert "layer_5/up/kernel lora (4, 8)" in text
 
 
+def letters(n):
+    """A name of its own for each number, without digits: layers that have it are not alike."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(n)) + "_"
+
+
 def test_html_of_large_trees_is_small():
     """80 layers of 70B, and a thousand leaves of which no two are alike."""
     kernel = lambda i, o: {"kernel": SHAPE((i, o), jnp.bfloat16)}
     layer = {name: kernel(8192, 8192) for name in "qkvo"} | {"up": kernel(8192, 28672), "down": kernel(28672, 8192)}
     layer |= {"gate": kernel(8192, 28672), "norm": {"scale": SHAPE((8192,), jnp.bfloat16)}}
-    unlike = {f"layer_{i}": {f"w{j}": kernel(i + 9, j + 9) for j in range(10)} for i in range(100)}
+    unlike = {f"layer_{i}": {f"w_{letters(i)}{j}": kernel(9, j + 9) for j in range(10)} for i in range(100)}
     for tree, limit in (({f"layer_{i}": layer for i in range(80)}, 10_000), (unlike, 300_000)):
         table = jlora.summary(jlora.wrap(tree, SPEC))
         page = table._repr_html_()
@@ -323,7 +328,8 @@ def test_html_of_large_trees_is_small():
 
 def test_html_of_a_huge_tree_is_cut():
     unlike = {
-        f"layer_{i}": {f"w{j}": {"kernel": SHAPE((i + 9, j + 9), jnp.float32)} for j in range(30)} for i in range(40)
+        f"layer_{i}": {f"w_{letters(i)}{j}": {"kernel": SHAPE((9, j + 9), jnp.float32)} for j in range(30)}
+        for i in range(40)
     }
     table = jlora.summary(jlora.wrap(unlike, SPEC))
     page = table._repr_html_()
