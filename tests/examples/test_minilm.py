@@ -7,6 +7,7 @@ import pytest
 
 from jlora.examples import minilm
 from jlora.examples.fetch import MINILM, FetchError, fetch
+from tests.examples.support import weights
 
 TINY = minilm.MiniLM(vocab=50, positions=16, width=8, heads=2, hidden=12, layers=2)
 
@@ -19,7 +20,7 @@ def inputs(lengths, padded):
 
 @pytest.fixture(scope="module")
 def tiny_params():
-    return TINY.init(jax.random.key(0), *inputs([3, 4], 8))["params"]
+    return weights(TINY.init, *inputs([3, 4], 8))["params"]
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +32,22 @@ def folder():
 
 
 def test_encoder_gives_a_vector_a_text(tiny_params):
-    vectors = TINY.apply({"params": tiny_params}, *inputs([8, 3, 5], 8))
+    vectors = jax.eval_shape(TINY.apply, {"params": tiny_params}, *inputs([8, 3, 5], 8))
     assert vectors.shape == (3, 8) and vectors.dtype == jnp.float32
 
 
 def test_padding_changes_nothing(tiny_params):
     ids, mask = inputs([5, 5], 8)
-    short = TINY.apply({"params": tiny_params}, ids[:, :5], mask[:, :5])
-    long = TINY.apply({"params": tiny_params}, np.where(mask, ids, 7), mask)
+    encode = jax.jit(TINY.apply)
+    short = encode({"params": tiny_params}, ids[:, :5], mask[:, :5])
+    long = encode({"params": tiny_params}, np.where(mask, ids, 7), mask)
     np.testing.assert_allclose(short, long, atol=1e-5)
 
 
 def test_classifier_gives_logits():
     model = minilm.Classifier(TINY, classes=3)
-    variables = model.init(jax.random.key(0), *inputs([3, 4], 8))
-    assert model.apply(variables, *inputs([3, 4], 8)).shape == (2, 3)
+    variables = weights(model.init, *inputs([3, 4], 8))
+    assert jax.eval_shape(model.apply, variables, *inputs([3, 4], 8)).shape == (2, 3)
     assert set(variables["params"]) == {"encoder", "head"}
 
 
