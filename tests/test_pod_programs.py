@@ -95,6 +95,7 @@ print(count(tree), count(unrolled), peak)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
 def test_a_plan_of_70b_takes_little_memory():
     done = subprocess.run([sys.executable, "-c", PLAN], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)

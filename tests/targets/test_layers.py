@@ -7,7 +7,7 @@ import pytest
 import jlora
 from jlora.targets.layers import layer_of
 from tests.support import error
-from tests.variants.cases import CASES, moved
+from tests.variants.cases import Case, moved, noise
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,14 @@ from tests.variants.cases import CASES, moved
 )
 def test_the_first_number_is_the_layer(path, name, layer):
     assert layer_of(path, name) == layer
+
+
+def stacked(p, x):
+    layers = p["up"], jnp.moveaxis(p["down"], 1, 0)
+    return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None), x, layers)[0]
+
+
+STACKED = Case(stacked, {"up": noise(3, 8, 12), "down": noise(12, 3, 8)}, (noise(5, 8),))
 
 
 def unrolled(n=4):
@@ -56,7 +64,7 @@ def test_what_other_layers_have_is_not_looked_at():
 
 
 def test_stacked_layers_train_alone():
-    case = CASES["stacked"]
+    case = STACKED
     spec = jlora.LoraSpec(targets=tuple(case.params), rank=2, layers=[0, 2])
     params = moved(jlora.wrap(case.params, spec, sites=case.sites))
     assert params["up"].lora_a.shape == (2, 8, 2)
@@ -74,7 +82,7 @@ def test_stacked_layers_train_alone():
 
 
 def test_a_layer_starts_the_same_whichever_are_adapted():
-    case = CASES["stacked"]
+    case = STACKED
     make = lambda layers: (
         jlora.wrap(case.params, jlora.LoraSpec(targets="up", rank=2, layers=layers), sites=case.sites)["up"].lora_a
     )
@@ -82,7 +90,7 @@ def test_a_layer_starts_the_same_whichever_are_adapted():
 
 
 def test_all_layers_are_no_choice():
-    case = CASES["stacked"]
+    case = STACKED
     node = jlora.wrap(case.params, jlora.LoraSpec(targets="up", rank=2, layers=range(3)), sites=case.sites)["up"]
     assert node.layers is None
 
@@ -101,7 +109,7 @@ def test_layers_that_are_not_there(tree, settings, message):
 
 
 def test_a_stack_without_that_layer():
-    case = CASES["stacked"]
+    case = STACKED
     with pytest.raises(ValueError, match=r"layers=\[5\] names \[5\], but down stacks 3 layers"):
         jlora.wrap(case.params, jlora.LoraSpec(targets="down", rank=2, layers=[5]), sites=case.sites)
 
