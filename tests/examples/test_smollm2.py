@@ -5,15 +5,16 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import jlora
 from jlora.examples import hamlet, smollm2
 from jlora.examples.fetch import HAMLET, SMOLLM2, FetchError, fetch
 from jlora.examples.gguf import Gguf, Tensor
+from tests.optim.support import noisy
 
 TINY = smollm2.SmolLM2(vocab=40, width=12, heads=6, kv_heads=2, hidden=20, layers=3)
+LOGITS = jax.jit(lambda params, ids: TINY.apply({"params": params}, ids))
 IDS = np.random.default_rng(0).integers(0, 40, (2, 7), np.int32)
 MODULES = {
     "self_attn.q_proj": (12, 12),
@@ -86,7 +87,7 @@ def logits_by_hand(tensors, ids):
 
 
 def test_logits_are_those_of_the_decoder_written_by_hand(tensors, params):
-    logits = TINY.apply({"params": params}, IDS)
+    logits = LOGITS(params, IDS)
     np.testing.assert_allclose(logits, [logits_by_hand(tensors, row) for row in IDS], atol=2e-5)
 
 
@@ -107,11 +108,10 @@ def test_a_head_of_its_own(tensors, params):
     untied = smollm2.params_from_llama(tensors, layers=3, tied=False)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, untied)
-    np.testing.assert_allclose(model.apply({"params": untied}, IDS), TINY.apply({"params": params}, IDS), atol=1e-5)
+    logits, tied = jax.jit(lambda params: model.apply({"params": params}, IDS)), LOGITS(params, IDS)
+    np.testing.assert_allclose(logits(untied), tied, atol=1e-5)
     twice = untied | {"lm_head": {"kernel": 2 * untied["lm_head"]["kernel"]}}
-    np.testing.assert_allclose(
-        model.apply({"params": twice}, IDS), 2 * TINY.apply({"params": params}, IDS), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(logits(twice), 2 * np.asarray(tied), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -125,18 +125,18 @@ def test_remat_changes_no_gradient(params):
 
 
 def test_bfloat16(params):
-    logits = TINY.clone(dtype=jnp.bfloat16).apply({"params": params}, IDS)
+    logits = jax.jit(lambda params: TINY.clone(dtype=jnp.bfloat16).apply({"params": params}, IDS))(params)
     assert logits.dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits.astype("float32"), TINY.apply({"params": params}, IDS), atol=0.3)
+    np.testing.assert_allclose(logits.astype("float32"), LOGITS(params, IDS), atol=0.3)
 
 
 def test_a_cache_changes_nothing(params):
-    whole = TINY.apply({"params": params}, IDS)
+    run = jax.jit(lambda params, *args: TINY.apply({"params": params}, *args))
     cache, found = TINY.empty_cache(2, 9), []
     for start, end in ((0, 3), (3, 4), (4, 7)):
-        logits, cache = TINY.apply({"params": params}, IDS[:, start:end], cache, start)
+        logits, cache = run(params, IDS[:, start:end], cache, start)
         found.append(logits)
-    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), LOGITS(params, IDS), atol=1e-5)
 
 
 def test_parameter_count_of_the_real_sizes():
@@ -147,11 +147,11 @@ def test_parameter_count_of_the_real_sizes():
 # ---------------------------------------------------------------- adapters
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def wrapped(params):
-    spec = jlora.LoraSpec(targets="all-linear", rank=2, init="orthogonal")
     forward = lambda params, ids: TINY.apply({"params": params}, ids)
-    return jlora.wrap(params, spec, sites=jlora.sites(forward, params, IDS))
+    spec = jlora.LoraSpec(targets="all-linear", rank=2)
+    return noisy(jax.device_put(params), spec, sites=jlora.sites(forward, params, IDS))
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -163,9 +163,7 @@ def test_every_linear_layer_is_adapted_and_factored(wrapped, remat):
 
 
 def test_helpers_take_wrapped_trees(wrapped):
-    moved = jax.tree.map(lambda x: x + 0.05, jlora.partition(wrapped)[0])
-    wrapped = jlora.combine(moved, jlora.partition(wrapped)[1])
-    merged = jlora.merge(wrapped)
+    merged = jax.jit(jlora.merge)(wrapped)
     assert smollm2.perplexity(wrapped, IDS, TINY) == pytest.approx(smollm2.perplexity(merged, IDS, TINY), rel=1e-4)
     np.testing.assert_array_equal(filled(wrapped, [3, 1], 9)[0], filled(merged, [3, 1], 9)[0])
 
@@ -186,7 +184,7 @@ def test_perplexity_of_a_model_that_knows_nothing(params):
 
 
 def test_perplexity_is_that_of_the_next_token(params):
-    logits = np.asarray(TINY.apply({"params": params}, IDS), np.float64)
+    logits = np.asarray(LOGITS(params, IDS), np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     by_hand = np.exp(-np.mean([logp[row, t, IDS[row, t + 1]] for row in range(2) for t in range(6)]))
     assert smollm2.perplexity(params, IDS, TINY) == pytest.approx(by_hand, rel=1e-5)
@@ -198,7 +196,7 @@ def test_generation_takes_the_likeliest_token_each_time(params):
     tokens, at = filled(params, prompt, 9)
     expected = list(prompt)
     for _ in range(7):
-        expected.append(int(TINY.apply({"params": params}, np.array([expected]))[0, -1].argmax()))
+        expected.append(int(LOGITS(params, np.array([expected]))[0, -1].argmax()))
     assert at == 9 and tokens[:10].tolist() == expected and not tokens[10:].any()
 
 
@@ -211,7 +209,7 @@ def test_generation_ends_at_the_end_token_but_not_in_the_prompt(params):
 
 
 def test_samples_come_as_often_as_the_softmax_says(params):
-    logits = np.asarray(TINY.apply({"params": params}, np.array([[5, 0]]))[0, -1], np.float64)
+    logits = np.asarray(LOGITS(params, np.pad(np.array([[5, 0]]), ((0, 1), (0, 5))))[0, 1], np.float64)
     expected = np.exp(logits / 2) / np.exp(logits / 2).sum()
     drawn = np.array([filled(params, [5, 0], 2, temperature=2.0, seed=seed)[0][2] for seed in range(400)])
     np.testing.assert_allclose(np.bincount(drawn, minlength=40) / 400, expected, atol=4 * 0.5 / 20)
@@ -271,21 +269,21 @@ def test_tokenizer_from_metadata():
 def test_training_lowers_the_loss_and_moves_only_what_trains(params):
     rows = np.tile(np.arange(16, dtype=np.int32), (8, 1))
     args = hamlet.parse(["--steps", "30", "--lr", "0.02", "--rank", "2"])
-    start = hamlet.adapt(TINY, params, args)
+    start = jax.jit(lambda params: hamlet.adapt(TINY, params, args))(params)
     frozen = jax.tree.map(np.array, jlora.partition(start)[1])
     with jax.numpy_dtype_promotion("standard"):  # optax's bias correction raises a float to an integer count
-        trained, losses = hamlet.train(TINY, jax.tree.map(jnp.array, start), rows, args)
+        trained, losses = hamlet.train(TINY, jax.device_put(jax.tree.map(np.array, start)), rows, args)
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     jax.tree.map(np.testing.assert_array_equal, jlora.partition(trained)[1], frozen)
-    assert all(optax.tree.norm(node["kernel"].lora_b) > 0 for node in trained["layers"]["mlp"].values())
+    assert all(np.any(node["kernel"].lora_b) for node in trained["layers"]["mlp"].values())
 
 
 BASES = [
-    ("nf4", "uint4", []),
+    pytest.param("nf4", "uint4", [], marks=pytest.mark.slow),
     ("nf4", "uint4", ["--double-quant"]),
-    ("int4", "int4", []),
+    pytest.param("int4", "int4", [], marks=pytest.mark.slow),
     ("int8", "int8", []),
-    ("fp8", "float8_e4m3fn", []),
+    pytest.param("fp8", "float8_e4m3fn", [], marks=pytest.mark.slow),
 ]
 
 
