@@ -90,10 +90,6 @@ def map_fields(fn: Callable[[str, Any], Any], node: Any) -> Any:
     return dataclasses.replace(node, **given)
 
 
-def is_none(x: Any) -> bool:
-    return x is None
-
-
 def own_sizes(node: Any, dims: str, x: Any) -> dict[str, int]:
     """The sizes of the words of `dims` that are no axes of the base, as x has them."""
     words = [w for word in dims.split() for w in ([word] * len(getattr(node.axes, f"{word}_axis", (0,))))]
