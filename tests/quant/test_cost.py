@@ -12,6 +12,7 @@ import jlora
 from tests.support import compiled, flops, temporaries
 
 WIDTH, HIDDEN, TOKENS, RANK = 256, 512, 128, 4
+SHALLOW, DEEP = 2, 6  # layers
 KERNEL = 4 * WIDTH * HIDDEN  # bytes of one in float32
 
 
@@ -58,7 +59,7 @@ def step_of(fn, depth, dtype=None, double_quant=False, adapted=True):
     if not adapted:
         return compiled(jax.grad(lambda x, params: jlora.apply(fn)(params, x)), x, params)
     tree = jlora.wrap(params, jlora.LoraSpec(rank=RANK), sites=sites)
-    tx = jlora.optimizer(optax.adam(1e-3), tree)
+    tx = jlora.optimizer(optax.sgd(1e-3), tree)
 
     def step(tree, state, x):
         value, grads = jlora.value_and_grad(jlora.apply(fn))(tree, x)
@@ -84,6 +85,8 @@ MODELS = [pytest.param(unrolled, marks=needs_barriers, id="unrolled")]
 MODELS += [pytest.param(unrolled_remat, marks=[needs_barriers, pytest.mark.slow], id="unrolled_remat")]
 MODELS += [pytest.param(fn, id=fn.__name__) for fn in (scanned, scanned_remat)]
 every_model = pytest.mark.parametrize("fn", MODELS)
+# A model under remat keeps less still: slow.
+DEEPER = [*MODELS[:3], pytest.param(scanned_remat, marks=pytest.mark.slow, id="scanned_remat")]
 BASES = [
     ("nf4", False),
     pytest.param("nf4", True, marks=pytest.mark.slow),
@@ -94,32 +97,32 @@ BASES = [
 @every_model
 @pytest.mark.parametrize("dtype, double_quant", BASES)
 def test_no_dense_kernel_is_kept(fn, dtype, double_quant):
-    """At 24 layers, temporaries of the step are those with a dense frozen base and at most two kernels'."""
-    ours, dense = step_of(fn, 24, dtype, double_quant), step_of(fn, 24)
+    """Temporaries of the step are those with a dense frozen base and at most two kernels'."""
+    ours, dense = step_of(fn, DEEP, dtype, double_quant), step_of(fn, DEEP)
     assert temporaries(ours) <= temporaries(dense) + 2 * KERNEL
 
 
-@every_model
+@pytest.mark.parametrize("fn", DEEPER)
 def test_nor_with_depth(fn):
     """Of what the quantised base adds to the temporaries, nothing grows with the depth."""
-    more = [temporaries(step_of(fn, depth, "nf4")) - temporaries(step_of(fn, depth)) for depth in (6, 24)]
-    assert more[1] <= more[0] + KERNEL / 2
+    more = [temporaries(step_of(fn, depth, "nf4")) - temporaries(step_of(fn, depth)) for depth in (SHALLOW, DEEP)]
+    assert more[1] <= more[0] + KERNEL / 9
 
 
 @every_model
 def test_without_adapters_too(fn):
     """The gradient of the inputs through a quantised base that nothing adapts."""
-    ours, dense = (step_of(fn, 24, dtype, adapted=False) for dtype in ("nf4", None))
+    ours, dense = (step_of(fn, DEEP, dtype, adapted=False) for dtype in ("nf4", None))
     assert temporaries(ours) <= temporaries(dense) + 2 * KERNEL
 
 
 @needs_barriers
 def test_the_measure_sees_what_is_kept():
     """Numbers made without a tie to where they are used stay from the forward to the backward pass."""
-    params, x = shapes(unrolled, 24), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
+    params, x = shapes(unrolled, DEEP), jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
     params = jlora.quant.quantize(params, "nf4", sites=jlora.sites(unrolled, params, x))
     naive = compiled(jax.grad(lambda x, params: unrolled(jlora.quant.dequantize(params), x)), x, params)
-    assert temporaries(naive) > temporaries(step_of(unrolled, 24, "nf4", adapted=False)) + 20 * KERNEL
+    assert temporaries(naive) > temporaries(step_of(unrolled, DEEP, "nf4", adapted=False)) + 6 * KERNEL
 
 
 @needs_barriers
@@ -137,23 +140,28 @@ def lowered_text(dtype):
 
 def test_flops_are_those_of_the_products():
     """Making the numbers adds a few operations for each weight, twice."""
-    ours, dense = step_of(unrolled, 24, "nf4"), step_of(unrolled, 24)
-    weights = 24 * 2 * WIDTH * HIDDEN
+    ours, dense = step_of(unrolled, DEEP, "nf4"), step_of(unrolled, DEEP)
+    weights = DEEP * 2 * WIDTH * HIDDEN
     assert flops(ours) <= flops(dense) + 2 * 3 * weights
 
 
-BITS = [("nf4", True, 4.2)]
+BITS = [(scanned, "nf4", True, 4.2)]
 BITS += [
     pytest.param(*base, marks=pytest.mark.slow)
-    for base in [("nf4", False, 4.6), ("int4", False, 4.6), ("int8", False, 8.6), ("fp8", False, 8.6)]
+    for base in [
+        (unrolled, "nf4", True, 4.2),
+        (scanned, "nf4", False, 4.6),
+        (scanned, "int4", False, 4.6),
+        (unrolled, "int8", False, 8.6),
+        (scanned, "fp8", False, 8.6),
+    ]
 ]
 
 
-@pytest.mark.parametrize("dtype, double_quant, most", BITS)
-def test_bits_in_the_arguments(dtype, double_quant, most):
+@pytest.mark.parametrize("fn, dtype, double_quant, most", BITS)
+def test_bits_in_the_arguments(fn, dtype, double_quant, most):
     """Of a weight, as the compiled program takes it; the inputs' and factors' bytes are those of the dense program."""
     arguments = lambda program: program.memory_analysis().argument_size_in_bytes
-    weights = 24 * 2 * WIDTH * HIDDEN
-    for fn in (unrolled, scanned):
-        ours, dense = (arguments(step_of(fn, 24, *how)) for how in ((dtype, double_quant), ()))
-        assert 8 * (ours - dense + 4 * weights) / weights <= most
+    weights = DEEP * 2 * WIDTH * HIDDEN
+    ours, dense = (arguments(step_of(fn, DEEP, *how)) for how in ((dtype, double_quant), ()))
+    assert 8 * (ours - dense + 4 * weights) / weights <= most
