@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -21,10 +21,6 @@ import jlora
 from tests.support import error, evaluated
 
 TOLERANCE = 2e-5
-BUDGET = 40  # examples of each property, the same in every run
-checked = settings(
-    deadline=None, derandomize=True, max_examples=BUDGET, database=None, suppress_health_check=list(HealthCheck)
-)
 sizes = st.integers(1, 4)
 
 
@@ -116,7 +112,6 @@ def _cut(draw, axes: list[int]) -> tuple[list[int], list[int]]:
     return axes[:n], axes[n:m]
 
 
-@checked
 @given(products())
 def test_product(product):
     """Whatever the dimension numbers, a product has a factored rule."""
@@ -127,7 +122,6 @@ def _activations(shape: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
-@checked
 @given(products())
 def test_sites_of_product(product):
     """`sites` reads the axes off the product: contracted are in, free are out, stacked are batch."""
@@ -336,7 +330,6 @@ def chains(draw, longest: int = 5) -> Chain:
     return Chain(kernel, draw(axes_of(ndim)), draw(st.integers(1, 3)), steps, x, end)
 
 
-@checked
 @given(chains())
 def test_chain_of_views(chain):
     """Whatever the views, the factors are seen as the kernel is; or the kernel is computed densely, and rightly."""
@@ -369,7 +362,6 @@ OVER_A_STACK: dict[str, Callable] = {
 
 
 @pytest.mark.slow
-@checked
 @given(chains(3), st.lists(st.sampled_from(list(AROUND)), min_size=1, max_size=2))
 def test_chain_inside_control_flow(chain, around):
     fn = chain
@@ -379,7 +371,6 @@ def test_chain_inside_control_flow(chain, around):
 
 
 @pytest.mark.slow
-@checked
 @given(chains(3), st.sampled_from(list(OVER_A_STACK)), st.sampled_from(["in_axis", "out_axis", "batch_axis"]))
 def test_chain_over_a_stack(chain, over, part):
     """Stacked kernels one by one; the axis of the stack may be any part of the kernel's axes."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -225,7 +225,6 @@ def test_columns_that_say_nothing_are_left_out():
 NAMES = st.text(st.characters(exclude_characters="/"), min_size=1, max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(NAMES, min_size=1, max_size=12), min_size=1, max_size=8),
     st.lists(st.integers(1, 9**9), max_size=30),

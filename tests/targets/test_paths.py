@@ -87,7 +87,7 @@ def matches(names: list[str], wanted: list[str]) -> bool:
     return bool(names) and re.fullmatch(star, names[0]) is not None and matches(names[1:], wanted[1:])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(
     st.lists(st.sampled_from(["a", "b", "ab", "ba"]), min_size=1, max_size=6),
     st.lists(st.sampled_from(["a", "b", "a*", "*b", "?", "*", "**"]), min_size=1, max_size=5),
