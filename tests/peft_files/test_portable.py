@@ -1,15 +1,16 @@
 """Portable files: what vLLM, SGLang, llama.cpp and TGI read alike; and the nearest low-rank update."""
 
+import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
 from jlora.peft.tensors import TensorFile
-from tests.peft_files.trees import assert_same, lora, merged, nested, noise
+from tests.optim.support import noisy
+from tests.peft_files.trees import assert_same, lora, merged, multiplied, nested, noise
 
 STATE = {f"model.layers.{i}.attn.{p}_proj.weight": noise(6, 4) for i in range(3) for p in "qv"}
 STATE |= {"model.embed_tokens.weight": noise(10, 4), "lm_head.weight": noise(10, 4), "model.norm.weight": noise(4)}
@@ -19,7 +20,7 @@ ALLOWED = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding
 def tree(**settings):
     ranks = {"model.layers.0.attn.q_proj.weight": (2, 0.5), "model.layers.2.attn.q_proj.weight": (3, 1.7)}
     nodes = {name: lora(STATE[name], rank, scale) for name, (rank, scale) in ranks.items()}
-    return nested({name: jnp.asarray(x) for name, x in STATE.items()} | nodes | settings)
+    return nested(jax.device_put(STATE) | nodes | settings)
 
 
 def saved(directory, wrapped, **settings):
@@ -65,7 +66,7 @@ def test_the_rest_is_refused_with_the_ways_out(what, settings, tmp_path):
     spec = jlora.LoraSpec(targets="0/attn/q_proj", rank=2, axes={"q_proj": jlora.Axes(1, 0)}, **settings)
     other = "low_rank" if what == "DoRA" else "jlora merge"
     with pytest.raises(ValueError, match=rf"{what}.*to_safetensors.*{other}.*PEFT itself"):
-        jlora.peft.save(tmp_path, jlora.wrap(params, spec), portable=True)
+        jlora.peft.save(tmp_path, noisy(params, spec), portable=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -76,33 +77,37 @@ def test_a_table_that_is_the_head_too_is_refused(tmp_path):
         jlora.peft.save(tmp_path, nested({**state, "model.embed_tokens.weight": table}), portable=True)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 50])
-def test_the_nearest_low_rank_update_tells_what_it_loses(rank):
-    params = {"kernel": jnp.asarray(noise(6, 8)), "other": {"kernel": jnp.asarray(noise(3, 5, 7))}}
+@functools.cache
+def kernels():
+    """A DoRA kernel and a stack of them, and what they are merged to."""
+    params = {"kernel": noise(6, 8), "other": {"kernel": noise(3, 5, 7)}}
     axes = {"other/kernel": jlora.Axes(1, 2, 0)}
-    wrapped = jlora.wrap(params, jlora.LoraSpec(targets=["kernel"], rank=4, variant="dora", axes=axes))
-    moved = lambda x, label: x + noise(*x.shape) if label == "trainable" else x
-    wrapped = jax.tree.map(moved, wrapped, jlora.labels(wrapped))
+    wrapped = noisy(params, jlora.LoraSpec(targets=["kernel"], rank=4, variant="dora", axes=axes))
+    return params, wrapped, jax.device_get(jax.jit(jlora.merge)(wrapped))
+
+
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.slow), 3, 50])
+def test_the_nearest_low_rank_update_tells_what_it_loses(rank):
+    params, wrapped, whole = kernels()
     nearest, errors = jlora.peft.low_rank(wrapped, rank)
     assert {*errors} == {"kernel", "other/kernel"} and nearest["kernel"].rank == min(rank, 6)
-    for path, of in (("kernel", lambda t: t["kernel"]), ("other/kernel", lambda t: t["other"]["kernel"])):
-        delta = np.asarray(of(jlora.merge(wrapped)) - of(params))
+    nodes = {"kernel": (nearest["kernel"], lambda tree: tree["kernel"])}
+    nodes["other/kernel"] = nearest["other"]["kernel"], lambda tree: tree["other"]["kernel"]
+    for path, (node, of) in nodes.items():
+        delta = of(whole) - of(params)
         s = np.linalg.svd(delta, compute_uv=False)
         np.testing.assert_allclose(errors[path], np.linalg.norm(s[..., rank:]) / np.linalg.norm(s), atol=1e-5)
-        left = np.linalg.norm(np.asarray(of(jlora.merge(nearest)) - of(jlora.merge(wrapped)))) / np.linalg.norm(delta)
+        left = np.linalg.norm(multiplied(node) - of(whole)) / np.linalg.norm(delta)
         np.testing.assert_allclose(left, errors[path], atol=1e-5)
 
 
 def test_an_approximation_can_be_saved_where_the_adapter_can_not(tmp_path):
-    params = nested(STATE)
     spec = jlora.LoraSpec(targets="q_proj", variant="dora", rank=2, axes={"q_proj": jlora.Axes(1, 0)})
-    wrapped = jlora.wrap(params, spec)
-    moved = lambda x, label: x + 0.1 * noise(*x.shape) if label == "trainable" else x
-    wrapped = jax.tree.map(moved, wrapped, jlora.labels(wrapped))
+    wrapped = noisy(nested(STATE), spec)
     nearest, errors = jlora.peft.low_rank(wrapped, 4)
     assert max(errors.values()) < 1e-5
     saved(tmp_path, nearest)
-    assert_same(merged(jlora.peft.load(tmp_path, params)), merged(wrapped))
+    assert_same(merged(jlora.peft.load(tmp_path, nested(STATE))), merged(wrapped))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, None])

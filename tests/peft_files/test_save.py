@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -11,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jlora
 from jlora.peft import tensors
 from jlora.peft.tensors import TensorFile
+from tests.optim.support import noisy
 from tests.peft_files.trees import LINEAR, assert_same, lora, merged, nested, noise
 
 STATE = {f"layers.{i}.{p}.weight": noise(8, 8) for i in range(3) for p in ("attn.q_proj", "attn.dense", "mlp.dense")}
@@ -20,9 +20,7 @@ STATE |= {"embed_tokens.weight": noise(10, 8), "pooler.dense.weight": noise(8, 8
 
 def wrapped(targets, **settings):
     axes = dict.fromkeys(("q_proj", "dense"), LINEAR)
-    tree = jlora.wrap(nested(STATE), jlora.LoraSpec(targets=targets, axes=axes, **settings))
-    moved = lambda x, label: x + 0.1 * noise(*x.shape) if label == "trainable" else x
-    return jax.tree.map(moved, tree, jlora.labels(tree))
+    return noisy(nested(STATE), jlora.LoraSpec(targets=targets, axes=axes, **settings))
 
 
 def saved(directory, tree):
@@ -43,7 +41,7 @@ def test_each_low_rank_variant_is_written_as_the_same_function(settings, rank, t
     assert_same(merged(jlora.peft.load(tmp_path, nested(STATE))), merged(tree))
 
 
-@pytest.mark.parametrize("variant", ["oft", "ia3"])
+@pytest.mark.parametrize("variant", [pytest.param("oft", marks=pytest.mark.slow), "ia3"])
 def test_what_is_no_low_rank_update_is_refused(variant, tmp_path):
     with pytest.raises(ValueError, match=r"layers/0/attn/q_proj/weight is a \w+, which is no low-rank update.*merge"):
         jlora.peft.save(tmp_path, wrapped(["q_proj"], variant=variant))
@@ -122,8 +120,8 @@ def test_what_is_not_wrapped_or_has_no_name_is_refused(tmp_path):
 
 
 def test_a_flax_stack_needs_names(tmp_path):
-    params = {"layers": {"q": {"kernel": jnp.ones((3, 8, 8))}}}
-    tree = jlora.wrap(params, jlora.LoraSpec(targets="q", rank=2, axes={"q": jlora.Axes(1, 2, 0)}))
+    params = {"layers": {"q": {"kernel": np.ones((3, 8, 8), np.float32)}}}
+    tree = noisy(params, jlora.LoraSpec(targets="q", rank=2, axes={"q": jlora.Axes(1, 2, 0)}))
     with pytest.raises(ValueError, match=r"layers/q/kernel of shape \(3, 8, 8\) stacks kernels.*names="):
         jlora.peft.save(tmp_path, tree)
 
@@ -141,7 +139,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 def test_an_adapter_of_an_abstract_base_is_loaded_and_saved(tmp_path):
     tree = wrapped(["q_proj"], rank=2, variant="dora")
     jlora.peft.save(tmp_path / "a", tree)
-    planned = jlora.peft.load(tmp_path / "a", jax.eval_shape(lambda: jax.tree.map(jnp.asarray, nested(STATE))))
+    planned = jlora.peft.load(tmp_path / "a", jax.eval_shape(lambda: nested(STATE)))
     assert isinstance(planned["layers"]["0"]["attn"]["q_proj"]["weight"].base, jax.ShapeDtypeStruct)
     jlora.peft.save(tmp_path / "b", planned)
     assert_same(merged(jlora.peft.load(tmp_path / "b", nested(STATE))), merged(tree))

@@ -6,7 +6,6 @@ import time
 import tracemalloc
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +15,8 @@ from safetensors.numpy import save as tensors_bytes
 
 import jlora
 from jlora.peft import tensors as files
+from jlora.targets import patterns
+from tests.optim.support import noisy
 from tests.peft_files.trees import TABLE, flat, lora, nested, noise
 from tests.support import same_bits
 
@@ -30,11 +31,11 @@ fuzzed = settings(deadline=None, derandomize=True, database=None, suppress_healt
 
 
 def base():
-    return nested({name: jnp.asarray(x) for name, x in STATE.items()})
+    return jax.device_put(nested(STATE))
 
 
 def trained(name):
-    return jlora.TrainableParam(jnp.asarray(noise(*STATE[name].shape)))
+    return jlora.TrainableParam(jax.device_put(noise(*STATE[name].shape)))
 
 
 def plain():
@@ -45,20 +46,20 @@ def plain():
     return nested({**flat(base()), "embed_tokens.weight": table, **kernels, **full})
 
 
+def wrapped(targets="q_proj/weight", **settings):
+    return noisy(base(), jlora.LoraSpec(targets, rank=2, axes={"q_proj": jlora.Axes((1,), (0,))}, **settings))
+
+
 def dora():
-    axes = {"q_proj": jlora.Axes((1,), (0,))}
-    tree = jlora.wrap(base(), jlora.LoraSpec(targets="q_proj/weight", rank=2, variant="dora", axes=axes))
-    return jax.tree.map(lambda x: x + 0.1 if x.ndim else x, tree)
+    return wrapped(variant="dora")
 
 
 def with_rows():
-    return jlora.wrap(base(), jlora.LoraSpec(targets="layers/*/q_proj/weight", train_tokens={"embed_tokens": [3, 1]},
-                                             rank=2, axes={"q_proj": jlora.Axes((1,), (0,))}))  # fmt: skip
+    return wrapped("layers/*/q_proj/weight", train_tokens={"embed_tokens": [3, 1]})
 
 
 def with_lora_bias():
-    axes = {"q_proj": jlora.Axes((1,), (0,))}
-    return jlora.wrap(base(), jlora.LoraSpec(targets="q_proj/weight", rank=2, lora_bias=True, axes=axes))
+    return wrapped(lora_bias=True)
 
 
 ADAPTERS = {"plain": plain, "dora": dora, "rows": with_rows, "lora_bias": with_lora_bias}
@@ -75,6 +76,13 @@ class Files:
         self.tensors = read_tensors(self.data)
         self.tree = self.load()
 
+    def copied(self, directory):
+        """The same files in another directory."""
+        other = copy.copy(self)
+        other.directory = directory
+        other.write()
+        return other
+
     @property
     def header(self):
         return json.loads(self.data[8 : 8 + int.from_bytes(self.data[:8], "little")])
@@ -89,7 +97,7 @@ class Files:
             return jlora.peft.load(self.directory, self.params, **kwargs)
         finally:
             assert same_bits(self.params, before)
-            assert same_bits(self.params, base())
+            assert same_bits(self.params, nested(STATE))
 
     def write(self, data=None, config=None, **settings):
         """Bytes, a header or tensors in place of the weights; text or settings in place of the configuration."""
@@ -132,19 +140,19 @@ class Files:
                 assert np.asarray(leaf.base).tobytes() == STATE[name].tobytes()
 
 
-@pytest.fixture(params=["plain", "dora"])
-def both(request, tmp_path):
-    return Files(tmp_path, request.param)
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    return Files(tmp_path, "plain")
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     return {kind: Files(tmp_path_factory.mktemp(kind), kind) for kind in ADAPTERS}
+
+
+@pytest.fixture(params=["plain", "dora"])
+def both(request, shared, tmp_path):
+    return shared[request.param].copied(tmp_path)
+
+
+@pytest.fixture
+def adapter(shared, tmp_path):
+    return shared["plain"].copied(tmp_path)
 
 
 def test_files_are_read_as_they_were_written(both):
@@ -337,15 +345,15 @@ def taken(adapter, change):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_integers_are_refused(kind, tmp_path):
-    adapter = Files(tmp_path, kind)
+def test_integers_are_refused(kind, shared, tmp_path):
+    adapter = shared[kind].copied(tmp_path)
     integers = lambda name: adapter.tensors | {name: np.ones(adapter.tensors[name].shape, np.int64)}
     assert not taken(adapter, integers)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_missing_tensors_are_refused(kind, tmp_path):
-    adapter = Files(tmp_path, kind)
+def test_missing_tensors_are_refused(kind, shared, tmp_path):
+    adapter = shared[kind].copied(tmp_path)
     assert not taken(adapter, lambda name: {key: x for key, x in adapter.tensors.items() if key != name})
 
 
@@ -457,21 +465,24 @@ PATTERNS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+!", "(.*.*.*.*.*.*)*!", "(.|.)*[A-Z]"])
-def test_a_regular_expression_that_never_ends_is_ended(tmp_path, name, pattern):
+def test_a_regular_expression_that_never_ends_is_ended(tmp_path, name, monkeypatch):
+    """After a second; here, after a twentieth of one."""
+    assert patterns.MATCH_SECONDS == 1
+    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.05)
     module = f"model.language_model.decoder.{'x' * 200}.q_proj"
     params = nested({f"{module}.weight": STATE["layers.0.q_proj.weight"]})
     jlora.peft.save(tmp_path, nested({f"{module}.weight": lora(STATE["layers.0.q_proj.weight"])}))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    value = {pattern: 3} if name.endswith("pattern") else pattern
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
-    started = time.monotonic()
-    if "!" in pattern and name != "target_modules":  # ended by itself, without a match
-        assert jlora.peft.load(tmp_path, params) is not None
-    else:
-        with pytest.raises(ValueError, match=r"took over 1 s .*simplify|settings do not name"):
-            jlora.peft.load(tmp_path, params)
-    assert time.monotonic() - started < 5
+    for pattern in ("([a-z_.0-9]+)+!", "(.*.*.*.*.*.*)*!", "(.|.)*[A-Z]"):
+        value = {pattern: 3} if name.endswith("pattern") else pattern
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+        started = time.monotonic()
+        if "!" in pattern and name != "target_modules":  # ended by itself, without a match
+            assert jlora.peft.load(tmp_path, params) is not None
+        else:
+            with pytest.raises(ValueError, match=r"took over 0.05 s .*simplify|settings do not name"):
+                jlora.peft.load(tmp_path, params)
+        assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize(

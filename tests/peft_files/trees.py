@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import jlora
@@ -42,8 +42,7 @@ def lora(weight: Any, rank: int = 2, scale: float = 0.5, axes: jlora.Axes | None
     sizes = lambda group: [weight.shape[axis] for axis in group]
     lora_a = noise(*sizes(axes.batch_axis), *sizes(axes.in_axis), rank)
     lora_b = noise(*sizes(axes.batch_axis), rank, *sizes(axes.out_axis))
-    arrays = map(jnp.asarray, (weight, lora_a, lora_b))
-    return jlora.LoraParam(*arrays, axes=axes, scale=scale, **fields)
+    return jlora.LoraParam(*jax.device_put([np.asarray(weight), lora_a, lora_b]), axes=axes, scale=scale, **fields)
 
 
 def adapted(state: Mapping[str, np.ndarray], **axes: jlora.Axes) -> dict[str, Any]:
@@ -54,13 +53,30 @@ def adapted(state: Mapping[str, np.ndarray], **axes: jlora.Axes) -> dict[str, An
       axes: by the last name of the module, of weights that are not (out, in).
     """
     last = lambda name: name.removesuffix(".weight").rpartition(".")[2]
-    of = lambda name, x: lora(x, axes=axes.get(last(name))) if x.ndim > 1 else jnp.asarray(x)
+    of = lambda name, x: lora(x, axes=axes.get(last(name))) if x.ndim > 1 else jax.device_put(x)
     return nested({name: of(name, x) for name, x in state.items()})
 
 
 def merged(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays that a wrapped tree stands for, by dotted names."""
-    return {name: np.asarray(x) for name, x in flat(jlora.merge(tree)).items()}
+    """The arrays that a wrapped tree stands for, by dotted names: plain factors multiplied by numpy, others merged."""
+    leaves = flat(tree)
+    leaves = {name: x.base if isinstance(x, jlora.TrainableParam) else x for name, x in leaves.items()}
+    others = {name: x for name, x in leaves.items() if isinstance(x, jlora.AdaptedParam) and not _is_plain(x)}
+    done = jax.jit(jlora.merge)(others) if others else {}
+    of = lambda name, x: done[name] if name in done else multiplied(x) if _is_plain(x) else x
+    return {name: np.asarray(of(name, x)) for name, x in leaves.items()}
+
+
+def _is_plain(leaf: Any) -> bool:
+    return type(leaf) is jlora.LoraParam and leaf.start == () and leaf.layers is None
+
+
+def multiplied(node: jlora.LoraParam) -> np.ndarray:
+    """W + scale * A @ B."""
+    axes, rank = node.axes, np.ndim(node.base)
+    of_a, of_b = (*axes.batch_axis, *axes.in_axis, rank), (*axes.batch_axis, rank, *axes.out_axis)
+    base, lora_a, lora_b = (np.asarray(x) for x in (node.base, node.lora_a, node.lora_b))
+    return (base + node.scale * np.einsum(lora_a, of_a, lora_b, of_b, range(rank))).astype(base.dtype)
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any], atol: float = 1e-5) -> None:
