@@ -1,5 +1,7 @@
 """Training loops as JAX and Flax code has them: each learns, holds the base to the bit, goes on where it stopped."""
 
+import functools
+
 import flax.linen as nn
 import grain
 import jax
@@ -16,6 +18,7 @@ from tests.support import same_bits
 STEPS, KEY = 12, jax.random.key(7)
 READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # the default reads far ahead, on many threads
 SPEC = jlora.LoraSpec(rank=2, dropout=0.1)
+ADAMW = optax.adamw(2e-2, weight_decay=0.1)
 
 
 def dataset():
@@ -34,26 +37,51 @@ def squared_error(predicted, y):
 LINEN = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(3)])
 
 
+wrapped = jax.jit(lambda base: jlora.wrap(base, SPEC))
+
+
+@functools.cache
+def linen():
+    """Parameters, the same with adapters, and the transformation that trains these."""
+    base = jax.jit(LINEN.init)(jax.random.key(0), np.ones((1, 6), np.float32))["params"]
+    tree = wrapped(base)
+    return base, tree, jlora.optimizer(ADAMW, tree)
+
+
+def optax_step(params, state, batch):
+    forward = jlora.apply(LINEN.apply, rng=jax.random.fold_in(KEY, state["step"]))
+    loss = lambda params: squared_error(forward({"params": params}, batch["x"]), batch["y"])
+    value, grads = jlora.value_and_grad(loss)(params)
+    updates, after = linen()[2].update(grads, state["tx"], params)
+    return optax.apply_updates(params, updates), {"tx": after, "step": state["step"] + 1}, value
+
+
+def optax_step_on_the_half(params, state, batch):
+    trainable, frozen = jlora.partition(params)
+    forward = jlora.apply(LINEN.apply, rng=jax.random.fold_in(KEY, state["step"]))
+    whole = lambda half: {"params": jlora.combine(half, frozen)}
+    loss = lambda half: squared_error(forward(whole(half), batch["x"]), batch["y"])
+    value, grads = jax.value_and_grad(loss)(trainable)
+    updates, after = ADAMW.update(grads, state["tx"], trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    return jlora.combine(trainable, frozen), {"tx": after, "step": state["step"] + 1}, value
+
+
 class Optax:
     """A function, its parameters, an optax transformation."""
 
+    compiled = staticmethod(jax.jit(optax_step))
+
     def __init__(self):
-        self.base = LINEN.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
-        self.tree = jlora.wrap(self.base, SPEC)
-        self.tx = jlora.optimizer(optax.adamw(2e-2, weight_decay=0.1), self.tree)
-        self.state = {"tx": self.tx.init(self.tree), "step": jnp.zeros((), jnp.int32)}
-        self.compiled = jax.jit(self.pure)
+        self.base, self.tree, _ = linen()
+        self.state = {"tx": self.first_state(), "step": jnp.int32(0)}
+
+    def first_state(self):
+        return jax.jit(linen()[2].init)(self.tree)
 
     def step(self, batch):
         self.tree, self.state, value = self.compiled(self.tree, self.state, batch)
         return value
-
-    def pure(self, params, state, batch):
-        forward = jlora.apply(LINEN.apply, rng=jax.random.fold_in(KEY, state["step"]))
-        loss = lambda params: squared_error(forward({"params": params}, batch["x"]), batch["y"])
-        value, grads = jlora.value_and_grad(loss)(params)
-        updates, after = self.tx.update(grads, state["tx"], params)
-        return optax.apply_updates(params, updates), {"tx": after, "step": state["step"] + 1}, value
 
     def save(self, checkpoints, step, extra):
         checkpoints.save(step, self.tree, state=self.state, extra=extra)
@@ -66,20 +94,10 @@ class Optax:
 class OptaxOnTheTrainableHalf(Optax):
     """The optimizer knows nothing of the base, so any transformation will do."""
 
-    def __init__(self):
-        super().__init__()
-        self.tx = optax.adamw(2e-2, weight_decay=0.1)
-        self.state["tx"] = self.tx.init(jlora.partition(self.tree)[0])
+    compiled = staticmethod(jax.jit(optax_step_on_the_half))
 
-    def pure(self, params, state, batch):
-        trainable, frozen = jlora.partition(params)
-        forward = jlora.apply(LINEN.apply, rng=jax.random.fold_in(KEY, state["step"]))
-        whole = lambda half: {"params": jlora.combine(half, frozen)}
-        loss = lambda half: squared_error(forward(whole(half), batch["x"]), batch["y"])
-        value, grads = jax.value_and_grad(loss)(trainable)
-        updates, after = self.tx.update(grads, state["tx"], trainable)
-        trainable = optax.apply_updates(trainable, updates)
-        return jlora.combine(trainable, frozen), {"tx": after, "step": state["step"] + 1}, value
+    def first_state(self):
+        return jax.jit(ADAMW.init)(jlora.partition(self.tree)[0])
 
 
 @jax.jit
@@ -96,10 +114,8 @@ class LinenTrainState:
     """Flax's `TrainState`: its functions, unchanged."""
 
     def __init__(self):
-        self.base = LINEN.init(jax.random.key(0), jnp.ones((1, 6)))["params"]
-        params = jlora.wrap(self.base, SPEC)
-        tx = jlora.optimizer(optax.adamw(2e-2, weight_decay=0.1), params)
-        self.state = TrainState.create(apply_fn=LINEN.apply, params=params, tx=tx)
+        self.base, params, tx = linen()
+        self.state = jax.jit(lambda params: TrainState.create(apply_fn=LINEN.apply, params=params, tx=tx))(params)
 
     @property
     def tree(self):
@@ -131,13 +147,30 @@ class Mlp(nnx.Module):
         return self.down(self.dropout(nnx.tanh(self.norm(self.up(x)))))
 
 
-GRAPHDEF = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)[0]
+GRAPHDEF = nnx.split(nnx.eval_shape(lambda: Mlp(nnx.Rngs(0))), nnx.Param, ...)[0]
+
+
+@functools.cache
+def mlp():
+    """Parameters, the same with adapters, and what the model holds beside."""
+    base, rest = jax.jit(lambda: nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)[1:])()
+    return base, wrapped(base), rest
+
+
+@functools.cache
+def nnx_tx():
+    return jlora.optimizer(ADAMW, mlp()[1])
 
 
 def forward(params, rest, x):
     """What the model makes of its input, and what it holds beside its parameters afterwards."""
     model = nnx.merge(GRAPHDEF, params, rest, copy=True)
     return model(x), nnx.state(model, nnx.Not(nnx.Param))
+
+
+def copied(rest):
+    """The same state in variables of its own, which a run may change."""
+    return jax.tree.map(lambda x: x, rest)
 
 
 def saved_keys(rest):
@@ -154,28 +187,28 @@ def with_keys(rest, numbers):
     return rest
 
 
+@jax.jit
+def functional_step(params, rest, state, batch):
+    def loss(params):
+        predicted, after = jlora.apply(forward)(params, rest, batch["x"])
+        return squared_error(predicted, batch["y"]), after
+
+    (value, rest), grads = jlora.value_and_grad(loss, has_aux=True)(params)
+    updates, state = nnx_tx().update(grads, state, params)
+    return optax.apply_updates(params, updates), rest, state, value
+
+
 class NnxFunctional:
     """`nnx.split` and optax under `jax.jit`."""
 
     def __init__(self):
-        _, self.base, self.rest = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
-        self.tree = jlora.wrap(self.base, SPEC)
-        self.tx = jlora.optimizer(optax.adamw(2e-2, weight_decay=0.1), self.tree)
-        self.state = self.tx.init(self.tree)
-        self.compiled = jax.jit(self.pure)
+        self.base, self.tree, rest = mlp()
+        self.rest = copied(rest)
+        self.state = jax.jit(nnx_tx().init)(self.tree)
 
     def step(self, batch):
-        self.tree, self.rest, self.state, value = self.compiled(self.tree, self.rest, self.state, batch)
+        self.tree, self.rest, self.state, value = functional_step(self.tree, self.rest, self.state, batch)
         return value
-
-    def pure(self, params, rest, state, batch):
-        def loss(params):
-            predicted, after = jlora.apply(forward)(params, rest, batch["x"])
-            return squared_error(predicted, batch["y"]), after
-
-        (value, rest), grads = jlora.value_and_grad(loss, has_aux=True)(params)
-        updates, state = self.tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), rest, state, value
 
     def save(self, checkpoints, step, extra):
         checkpoints.save(step, self.tree, state=(self.state, saved_keys(self.rest)), extra=extra)
@@ -204,11 +237,11 @@ class NnxOptimizer:
     """`nnx.Optimizer` on the trainable half, whose arrays are variables of NNX."""
 
     def __init__(self):
-        _, params, self.rest = nnx.split(Mlp(nnx.Rngs(0)), nnx.Param, ...)
-        self.base = nnx.as_pure(params)
-        trainable, self.frozen = jlora.partition(jlora.wrap(self.base, SPEC))
+        params, _, rest = mlp()
+        self.base, self.rest = nnx.as_pure(params), copied(rest)
+        trainable, self.frozen = jlora.partition(wrapped(self.base))
         self.adapter = jax.tree.map(nnx.LoRAParam, trainable)
-        self.optimizer = nnx.Optimizer(self.adapter, optax.adamw(2e-2, weight_decay=0.1), wrt=nnx.LoRAParam)
+        self.optimizer = nnx.Optimizer(self.adapter, ADAMW, wrt=nnx.LoRAParam)
 
     @property
     def tree(self):
@@ -234,30 +267,32 @@ class NnxOptimizer:
 
 
 LOOPS = [Optax, OptaxOnTheTrainableHalf, LinenTrainState, NnxFunctional, NnxOptimizer]
-every_loop = pytest.mark.parametrize("make", LOOPS, ids=[loop.__name__ for loop in LOOPS])
 
 
 def train(loop, batches, steps):
     return [float(loop.step(next(batches))) for _ in range(steps)]
 
 
-@every_loop
-def test_the_loss_falls_and_the_base_stays(make):
-    loop = make()
-    before, start = jlora.unwrap(loop.tree), loop.tree
+@pytest.fixture(scope="module", params=LOOPS, ids=[loop.__name__ for loop in LOOPS])
+def whole(request):
+    """A loop that nothing has stopped: its class, its tree before and after, and its losses."""
+    loop = request.param()
+    start = loop.tree
     losses = train(loop, iter(dataset()), STEPS)
+    return request.param, start, loop.tree, losses
+
+
+def test_the_loss_falls_and_the_base_stays(whole):
+    _, start, end, losses = whole
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-    assert same_bits(jlora.unwrap(loop.tree), before)
-    trained = [jax.tree.leaves(jlora.partition(tree)[0]) for tree in (start, loop.tree)]
+    assert same_bits(jlora.unwrap(end), jlora.unwrap(start))
+    trained = [jax.tree.leaves(jlora.partition(tree)[0]) for tree in (start, end)]
     moved = [not same_bits(x, y) for x, y in zip(*trained, strict=True)]
     assert len(moved) == 4 and all(moved)
 
 
-@every_loop
-def test_a_run_that_was_stopped_goes_on_to_the_bit(make, tmp_path):
-    whole = make()
-    losses = train(whole, iter(dataset()), STEPS)
-
+def test_a_run_that_was_stopped_goes_on_to_the_bit(whole, tmp_path):
+    make, _, end, losses = whole
     first, batches = make(), iter(dataset())
     before = train(first, batches, STEPS // 2)
     with jlora.checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -266,4 +301,4 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(make, tmp_path):
     second, batches = make(), iter(dataset())
     batches.set_state(second.load(jlora.checkpoint.Checkpoints(tmp_path)))
     assert before + train(second, batches, STEPS // 2) == losses
-    assert same_bits(second.tree, whole.tree)
+    assert same_bits(second.tree, end)
