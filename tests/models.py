@@ -181,7 +181,7 @@ def linen_lstm():
     return linen(nn.RNN(nn.LSTMCell(7)), inputs(BATCH, SEQUENCE, WIDTH))
 
 
-@model({f"cell/{gate}/kernel": "io" for gate in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")}, factored=None)
+@model({f"cell/{gate}/kernel": "io" for gate in ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")})
 def linen_optimized_lstm():
     return linen(nn.RNN(nn.OptimizedLSTMCell(7)), inputs(BATCH, SEQUENCE, WIDTH))
 
@@ -230,7 +230,6 @@ class ConvNet(nn.Module):
 @model(
     {"conv1/kernel": "iiio", "conv2/kernel": "iiio", "head/kernel": "io"},
     kind={"conv1/kernel": "conv", "conv2/kernel": "conv"},
-    factored=None,
 )
 def linen_conv():
     return linen(ConvNet(), inputs(BATCH, 9, 8, 4))
@@ -367,7 +366,7 @@ class NnxBatchNormed(nnx.Module):
         return self.head(nnx.relu(self.norm(self.conv(x))))
 
 
-@model({"conv/kernel": "iio", "head/kernel": "io"}, kind={"conv/kernel": "conv"}, factored=None, tolerance=1e-4)
+@model({"conv/kernel": "iio", "head/kernel": "io"}, kind={"conv/kernel": "conv"}, tolerance=1e-4)
 def nnx_batch_norm():
     """Of parameters and statistics apart: (output, new statistics)."""
     graph, shapes, stats = nnx.split(nnx.eval_shape(lambda: NnxBatchNormed(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)

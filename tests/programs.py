@@ -34,7 +34,7 @@ class Program:
             of the kernel agrees with it, unless `agree` is False.
         kind: path -> "dot", "embedding", "conv", "ragged_dot" or "other"; where `factored` is not True, a walk that
             cannot follow the kernel may say "other", and no axes.
-        factored: True: no dense fallback is needed; False: one is expected; None: either will do.
+        factored: True: no dense fallback is needed; False: one is expected.
         reverse: reverse-mode differentiation works.
         agree: False: a kernel is used in more than one way, and `axes` hold its lookup, or else its first use.
         tolerance: absolute and relative error to grant to another order of rounding.
@@ -46,7 +46,7 @@ class Program:
     args: tuple
     axes: dict[str, tuple]
     kind: dict[str, str]
-    factored: bool | None = True
+    factored: bool = True
     reverse: bool = True
     agree: bool = True
     tolerance: float = 2e-5
@@ -290,12 +290,12 @@ def both_ways(p, x):
     return jnp.tanh(x @ p["w"]) @ p["w"].T
 
 
-@program({"a": "8o 6i", "b": "6i 10o"}, (5, 8), factored=None)
+@program({"a": "8o 6i", "b": "6i 10o"}, (5, 8), factored=False)
 def product_of_kernels(p, x):
     return x @ (p["a"] @ p["b"])
 
 
-@program({"w": "6o 10i"}, (5, 6), factored=None)
+@program({"w": "6o 10i"}, (5, 6), factored=False)
 def gram_matrix(p, x):
     return x @ (p["w"] @ p["w"].T)
 
@@ -380,7 +380,7 @@ def view_split_out_and_slice(p, x):
     return jnp.einsum("hqs,shk->qhk", jax.nn.softmax(jnp.einsum("qhk,shk->hqs", q, k)), v)
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=None)
+@program({"w": "6i 10o"}, (5, 6), factored=False)
 def view_ravel_and_back(p, x):
     return x @ p["w"].reshape(-1).reshape(6, 10)
 
@@ -456,48 +456,48 @@ def view_reversed(p, x):
     return x @ jnp.flip(p["w"], 1) + jnp.flip(x, 1) @ lax.rev(p["w"], (0,))
 
 
-@program({"w": "6i 10o", "scale": "10"}, (5, 6), factored=None)
+@program({"w": "6i 10o", "scale": "10"}, (5, 6), factored=False)
 def view_times_column_scale(p, x):
     return x @ (p["w"] * p["scale"])
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=None)
+@program({"w": "6i 10o"}, (5, 6), factored=False)
 def view_padded(p, x):
     return x @ jnp.pad(p["w"], ((0, 0), (0, 4)))
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=None)
+@program({"w": "6i 10o"}, (5, 6), factored=False)
 def view_padded_with_ones(p, x):
     return jnp.pad(x, ((0, 0), (1, 1))) @ lax.pad(p["w"], jnp.float32(1), ((1, 1, 0), (0, 2, 0)))
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=None)
+@program({"w": "6i 10o"}, (5, 6))
 def view_rolled(p, x):
     return x @ jnp.roll(p["w"], 3, axis=1)
 
 
-@program({"w": "6i 4o 5o"}, (7, 6), factored=None)
+@program({"w": "6i 4o 5o"}, (7, 6))
 def view_repeated_heads(p, x):
     return jnp.einsum("sd,dhk->shk", x, jnp.repeat(p["w"], 2, axis=1))
 
 
-@program({"w": "6i 10o 4o"}, (5, 6), factored=None)
+@program({"w": "6i 10o 4o"}, (5, 6), factored=False)
 def view_summed_over_out(p, x):
     return jnp.einsum("bd,dfg->bf", x, p["w"])
 
 
-@program({"gate": "6i 10o", "up": "6i 7o"}, (5, 6), factored=None)
+@program({"gate": "6i 10o", "up": "6i 7o"}, (5, 6))
 def view_concatenated_out(p, x):
     gate, up = jnp.split(x @ jnp.concatenate([p["gate"], p["up"]], axis=1), (10,), axis=1)
     return jnp.tanh(gate), up
 
 
-@program({"x": "6i 10o", "h": "4i 10o"}, (5, 6), (5, 4), factored=None)
+@program({"x": "6i 10o", "h": "4i 10o"}, (5, 6), (5, 4))
 def view_concatenated_in(p, x, h):
     return jnp.concatenate([x, h], axis=1) @ jnp.concatenate([p["x"], p["h"]], axis=0)
 
 
-@program({"w": "6i 10o", "extra": "6 3"}, (5, 6), factored=None)
+@program({"w": "6i 10o", "extra": "6 3"}, (5, 6), factored=False)
 def view_concatenated_with_plain(p, x):
     return x @ jnp.concatenate([p["extra"], p["w"]], axis=1)
 
@@ -505,7 +505,6 @@ def view_concatenated_with_plain(p, x):
 @program(
     {f"layers/{i}/{name}": axes for i in range(3) for name, axes in {"up": "6i 10o", "down": "10i 6o"}.items()},
     (5, 6),
-    factored=None,
 )
 def view_stacked_then_scanned(p, x):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *p["layers"])
@@ -556,18 +555,18 @@ def dynamic_slice_of_rows(p, x, i):
     return x @ lax.dynamic_slice_in_dim(p["w"], i, 3, 0)
 
 
-@program({"w": "6i 10o"}, (5, 6), ints(7, 2, 2), factored=None)
+@program({"w": "6i 10o"}, (5, 6), ints(7, 2, 2))
 def take_columns(p, x, columns):
     return x @ p["w"][:, columns]
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=None)
+@program({"w": "6i 10o"}, (5, 6))
 def optimization_barrier(p, x):
     kernel, x = lax.optimization_barrier((p["w"], x))
     return x @ kernel
 
 
-@program({"w": "6i 10o", "v": "10i 7o"}, (5, 6), factored=None)
+@program({"w": "6i 10o", "v": "10i 7o"}, (5, 6))
 def stop_gradient_of_kernel(p, x):
     return (x @ lax.stop_gradient(p["w"])) @ p["v"]
 
@@ -581,7 +580,7 @@ def embedding_0d(p, token):
 
 
 # A dynamic_slice and a squeeze, as the choice of a layer from a stack would be.
-@program({"e": "11i 6o"}, ints(4)[0], kind="embedding", factored=None)
+@program({"e": "11i 6o"}, ints(4)[0], kind="embedding", factored=False)
 def embedding_0d_by_slice(p, token):
     return p["e"][token]
 
@@ -647,7 +646,7 @@ def embedding_one_hot(p, tokens):
     return jax.nn.one_hot(tokens, 11) @ p["e"]
 
 
-@program({"e": "2b 11i 6o"}, ints([3, 0, 10], [1, 1, 2]), kind="embedding", factored=None)
+@program({"e": "2b 11i 6o"}, ints([3, 0, 10], [1, 1, 2]), kind="embedding")
 def embedding_under_vmap(p, tokens):
     return jax.vmap(lambda table, row: table[row])(p["e"], tokens)
 
@@ -718,7 +717,7 @@ def scan_kernel_in_carry(p, x):
     return lax.scan(lambda carry, _: ((jnp.tanh(carry[0] @ carry[1]), carry[1]), None), (x, p["w"]), length=3)[0][0]
 
 
-@program({"a": "6i 6o", "b": "6i 6o"}, (5, 6), factored=None)
+@program({"a": "6i 6o", "b": "6i 6o"}, (5, 6), factored=False)
 def scan_kernels_swapped_in_carry(p, x):
     def body(carry, _):
         x, a, b = carry
@@ -842,7 +841,7 @@ def switch_views_of_one_kernel(p, x, picks):
     return [lax.switch(pick, branches, p["w"]) for pick in picks]
 
 
-@program({"a": "6i 10o", "b": "6i 10o"}, (5, 6), jnp.asarray([True, False]), factored=None)
+@program({"a": "6i 10o", "b": "6i 10o"}, (5, 6), jnp.asarray([True, False]), factored=False)
 def cond_selects_a_kernel(p, x, flags):
     return [x @ lax.cond(flag, lambda: p["a"], lambda: p["b"]) for flag in flags]
 
@@ -1099,29 +1098,29 @@ def kernel_after_inner_step(p, x):
 # -------------------------------------------------------------------------------- convolutions, ragged_dot
 
 
-@program({"w": "3i 4i 6o"}, (2, 9, 4), kind="conv", factored=None)
+@program({"w": "3i 4i 6o"}, (2, 9, 4), kind="conv")
 def conv_1d(p, x):
     return lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
 
-@program({"w": "3i 2i 4i 6o"}, (2, 9, 8, 4), kind="conv", factored=None)
+@program({"w": "3i 2i 4i 6o"}, (2, 9, 8, 4), kind="conv")
 def conv_2d(p, x):
     return lax.conv_general_dilated(
         x, p["w"], (2, 1), "VALID", rhs_dilation=(1, 2), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-@program({"w": "6o 4i 3i 2i"}, (2, 4, 9, 8), kind="conv", factored=None)
+@program({"w": "6o 4i 3i 2i"}, (2, 4, 9, 8), kind="conv")
 def conv_2d_channels_first(p, x):
     return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
 
 
-@program({"w": "3b 6i 10o"}, (7, 6), ints(2, 0, 5), kind="ragged_dot", factored=None)
+@program({"w": "3b 6i 10o"}, (7, 6), ints(2, 0, 5), kind="ragged_dot")
 def ragged_experts(p, x, sizes):
     return lax.ragged_dot(x, p["w"], sizes)
 
 
-@program({"up": "3b 6i 10o", "down": "3b 10i 6o"}, (7, 6), ints(2, 4, 1), kind="ragged_dot", factored=None)
+@program({"up": "3b 6i 10o", "down": "3b 10i 6o"}, (7, 6), ints(2, 4, 1), kind="ragged_dot")
 def ragged_mlp(p, x, sizes):
     hidden = jax.nn.silu(lax.ragged_dot(x, p["up"], sizes))
     return x + lax.ragged_dot(hidden, p["down"], sizes)
