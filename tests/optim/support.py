@@ -10,10 +10,10 @@ import jlora
 from tests.support import randomised
 
 
-def noisy(params: Any, spec: jlora.LoraSpec, **settings: Any) -> Any:
+def noisy(params: Any, spec: jlora.LoraSpec, std: float = 0.3, **settings: Any) -> Any:
     """The wrapped tree with normal noise in all that trains; what is frozen is as `jlora.wrap` makes it."""
     wrap = lambda params: jlora.wrap(params, spec, **settings)
-    trainable, _ = jlora.partition(randomised(jax.eval_shape(wrap, params)))
+    trainable, _ = jlora.partition(randomised(jax.eval_shape(wrap, params), std))
     return jlora.combine(trainable, jax.jit(lambda params: jlora.partition(wrap(params))[1])(params))
 
 

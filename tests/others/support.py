@@ -18,7 +18,8 @@ from jax.tree_util import tree_map_with_path
 import jlora
 from jlora.nodes.node import is_node
 from jlora.targets.paths import flatten
-from tests.support import compiled, flops, randomised, temporaries
+from tests.optim.support import noisy
+from tests.support import compiled, flops, temporaries
 
 RANK, TOLERANCE = 8, 2e-5
 
@@ -38,7 +39,7 @@ def filled(shapes: Any) -> Any:
 
     def fill(path: Any, leaf: Any) -> jax.Array:
         is_scale = leaf.ndim == 1 or "scale" in joined(path)
-        return jnp.asarray(rng.standard_normal(leaf.shape) / 16 + is_scale, leaf.dtype)
+        return jax.device_put((rng.standard_normal(leaf.shape) / 16 + is_scale).astype(leaf.dtype))
 
     return tree_map_with_path(fill, shapes)
 
@@ -54,7 +55,7 @@ def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def wrapped(fn: Callable, params: Any, *args: Any, **settings: Any) -> Any:
     """Adapters on all linear kernels, with random numbers in A and B, at scale 1."""
     spec = jlora.LoraSpec(rank=RANK, alpha=RANK, **settings)
-    return randomised(jlora.wrap(params, spec, sites=jlora.sites(fn, params, *args)), std=0.05)
+    return noisy(params, spec, std=0.05, sites=jlora.sites(fn, params, *args))
 
 
 def nodes_of(tree: Any) -> dict[str, Any]:
@@ -78,10 +79,16 @@ def check_all_factored(fn: Callable, tree: Any, *args: Any) -> None:
 
 def check_training(loss: Callable, tree: Any, *args: Any) -> None:
     """The loss and the adapters' gradients, compiled, with every use factored, are those of the merged kernels."""
-    found = jax.jit(jlora.value_and_grad(jlora.apply(loss, fallback="error")))(tree, *args)
-    expected = jax.jit(jlora.value_and_grad(lambda tree, *args: loss(jlora.merge(tree), *args)))(tree, *args)
+    ours, theirs = jlora.apply(loss, fallback="error"), lambda tree, *args: loss(jlora.merge(tree), *args)
+    found, expected = jax.jit(lambda *args: [jlora.value_and_grad(fn)(*args) for fn in (ours, theirs)])(tree, *args)
     check_close(found[0], expected[0])
     check_close(factors_of(found[1]), factors_of(expected[1]))
+
+
+def check_values(fn: Callable, tree: Any, *args: Any) -> None:
+    """What the function makes of its inputs, with every use factored, is what it makes of the merged kernels."""
+    ours = jlora.apply(fn, fallback="error")
+    check_close(*jax.jit(lambda tree, *args: (ours(tree, *args), fn(jlora.merge(tree), *args)))(tree, *args))
 
 
 def check_generation(fn: Callable, step: Callable, cache: Any, tree: Any, prompt: jax.Array, size: int) -> None:
@@ -117,7 +124,7 @@ def check_generation(fn: Callable, step: Callable, cache: Any, tree: Any, prompt
 
     check_all_factored(generate, tree, prompt, cache)
     tokens, logits = jax.jit(jlora.apply(generate, fallback="error"))(tree, prompt, cache)
-    plain = jlora.merge(tree)
+    plain = jax.jit(jlora.merge)(tree)
     expected_tokens, expected = jax.jit(generate)(plain, prompt, cache)
     assert (tokens == expected_tokens).all()
     check_close(logits, expected)
@@ -169,7 +176,8 @@ def check_files(folder: Any, tree: Any, names: str) -> None:
     jlora.peft.save(folder, tree, names=names, base_model="someone/model")
     again = jlora.peft.load(folder, jlora.unwrap(tree), names=names)
     assert nodes_of(again).keys() == nodes_of(tree).keys()
-    check_close(jlora.merge(again), jlora.merge(tree))
+    merge = jax.jit(jlora.merge)
+    check_close(merge(again), merge(tree))
 
 
 def factors_of(tree: Any) -> dict[str, jax.Array]:
@@ -187,7 +195,8 @@ def check_close(found: Any, expected: Any) -> None:
     """Each array within the tolerance of the other's norm."""
 
     def far(x: jax.Array, y: jax.Array) -> float:
-        return float(jnp.linalg.norm(jnp.ravel(x - y)) / jnp.linalg.norm(jnp.ravel(y)))
+        x, y = (np.asarray(array, np.float64).ravel() for array in (x, y))
+        return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     errors = jax.tree.map(far, found, expected)

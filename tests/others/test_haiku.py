@@ -11,8 +11,8 @@ from tests.others import support
 from tests.others.support import RANK
 
 WIDTH, HEADS, BATCH, LENGTH = 256, 4, 2, 64
-X = jnp.asarray(np.random.default_rng(0).standard_normal((BATCH, LENGTH, WIDTH)), jnp.float32)
-MASK = jnp.tril(jnp.ones((1, 1, LENGTH, LENGTH), bool))
+X = np.random.default_rng(0).standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32)
+MASK = np.tril(np.ones((1, 1, LENGTH, LENGTH), bool))
 
 
 @hk.without_apply_rng

@@ -195,6 +195,11 @@ def test_nothing_is_dense(dtype):
     support.check_all_factored(lambda params, tokens: model.apply({"params": params}, tokens), tree(), TOKENS)
 
 
+def test_values():
+    support.check_values(predict, tree(), TOKENS)
+
+
+@pytest.mark.slow  # test_it_costs_what_it_costs_by_hand compares the same gradients with those of LoRA by hand
 def test_training():
     support.check_training(loss, tree(), TOKENS)
 
