@@ -87,15 +87,25 @@ MODELS += [pytest.param(fn, id=fn.__name__) for fn in (scanned, scanned_remat)]
 every_model = pytest.mark.parametrize("fn", MODELS)
 # A model under remat keeps less still: slow.
 DEEPER = [*MODELS[:3], pytest.param(scanned_remat, marks=pytest.mark.slow, id="scanned_remat")]
-BASES = [
-    ("nf4", False),
-    pytest.param("nf4", True, marks=pytest.mark.slow),
-    pytest.param("int8", False, marks=pytest.mark.slow),
+BASES = [(fn, "nf4", False) for fn in (unrolled, scanned, scanned_remat)]
+OTHERS = [
+    (unrolled_remat, "nf4", False),
+    (scanned, "nf4", True),
+    (scanned_remat, "int8", False),
+    (unrolled, "int8", True),
 ]
 
 
-@every_model
-@pytest.mark.parametrize("dtype, double_quant", BASES)
+def based(fn, *base, slow):
+    """A model on a base; what XLA does to an unrolled one is told by barriers."""
+    marks = [needs_barriers] * (fn in (unrolled, unrolled_remat)) + [pytest.mark.slow] * slow
+    return pytest.param(fn, *base, marks=marks)
+
+
+@pytest.mark.parametrize(
+    "fn, dtype, double_quant",
+    [based(*case, slow=False) for case in BASES] + [based(*case, slow=True) for case in OTHERS],
+)
 def test_no_dense_kernel_is_kept(fn, dtype, double_quant):
     """Temporaries of the step are those with a dense frozen base and at most two kernels'."""
     ours, dense = step_of(fn, DEEP, dtype, double_quant), step_of(fn, DEEP)

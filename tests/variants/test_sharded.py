@@ -47,8 +47,8 @@ PLACES = ("dense", "stacked", "multi_axis")
 
 def placed_cases():
     for i, kind in enumerate(sorted(KINDS, key=lambda kind: kind not in PLACED)):
-        marks = [] if kind in PLACED else [pytest.mark.slow]
-        for j, mode in enumerate(MODES):
+        marks, modes = ([], [*MODES]) if kind in PLACED else ([pytest.mark.slow], [[*MODES][i % 2]])
+        for j, mode in enumerate(modes):
             use = "stacked" if kind == "lora+layers" else PLACES[(i + j) % 3]
             yield pytest.param(kind, use, mode, (i + j) % 2 == 0, id=f"{kind}-{use}-{mode}", marks=marks)
 
@@ -145,8 +145,8 @@ def applied_cases():
             yield kind, "layers" if kind == "lora+layers" else ("mlp", "heads")[(i + j) % 2], way, (i + j // 2) % 2 == 0
     left = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa") if kind not in first]
     for i, (kind, name) in enumerate([*left, ("dora", "layers"), ("oft", "layers")]):
-        for way in (WAYS[i % 2], WAYS[2] if (kind, WAYS[2]) in REFUSED else WAYS[2 + i // 2 % 2]):
-            yield pytest.param(kind, name, way, True, marks=pytest.mark.slow)
+        way = WAYS[2] if (kind, WAYS[2]) in REFUSED else WAYS[i % 4]
+        yield pytest.param(kind, name, way, name == "mlp", marks=pytest.mark.slow)
 
 
 def steps(run, has_gradient=True):
