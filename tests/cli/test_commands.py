@@ -1,7 +1,9 @@
 """The command line, from arguments to files, text and exit codes."""
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,40 +17,61 @@ import jlora
 from jlora.cli import main, parser
 from jlora.cli import merge as merge_command
 from jlora.peft.tensors import TensorFile
+from tests.optim.support import noisy
 
 AXES = {"q_proj": jlora.Axes(1, 0), "up_proj": jlora.Axes(1, 0)}
 SPECS = {"lora": {"rank": 4}, "dora": {"rank": 2, "variant": "dora"}, "some": {"rank": 2, "layers": [0, 2]}}
 
 
+@functools.cache
 def model():
-    keys = iter(jax.random.split(jax.random.key(0), 50))
-    linear = lambda out, ins: {"weight": jax.random.normal(next(keys), (out, ins))}
+    rng = np.random.default_rng(0)
+    linear = lambda out, ins: {"weight": rng.normal(size=(out, ins)).astype(np.float32)}
     layer = lambda: {
         "attn": {"q_proj": linear(8, 8)},
         "mlp": {"up_proj": linear(12, 8)},
-        "norm": {"weight": jnp.ones(8)},
+        "norm": {"weight": np.ones(8, np.float32)},
     }
     layers = {str(i): layer() for i in range(3)}
-    return {"model": {"embed_tokens": linear(20, 8), "layers": layers}, "lm_head": linear(20, 8)}
+    return jax.device_put({"model": {"embed_tokens": linear(20, 8), "layers": layers}, "lm_head": linear(20, 8)})
 
 
-def adapted(**settings):
-    tree = jlora.wrap(model(), jlora.LoraSpec(targets=["q_proj", "up_proj"], axes=AXES, **settings))
-    noise = lambda x, label: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return jax.tree.map(lambda x, label: noise(x, label) if label == "trainable" else x, tree, jlora.labels(tree))
+@functools.cache
+def adapted(name):
+    return noisy(model(), jlora.LoraSpec(targets=["q_proj", "up_proj"], axes=AXES, **SPECS[name]))
+
+
+@functools.cache
+def merged(name):
+    return jax.device_get(jax.jit(jlora.merge)(adapted(name)))
+
+
+def assert_merged(name):
+    """What was written to "out" is what the library merges."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), jlora.peft.from_safetensors("out"), merged(name)
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a model of several files and adapters of both kinds."""
+    folder = tmp_path_factory.mktemp("written")
+    jlora.peft.to_safetensors(model(), folder / "base", shard_bytes=1500)
+    (folder / "base" / "config.json").write_text("{}")
+    (folder / "base" / "pytorch_model.bin").write_text("not copied")
+    for name in SPECS:
+        jlora.peft.save(folder / name, adapted(name), base_model="me/tiny")
+    jlora.checkpoint.save(folder / "orbax", adapted("lora"))
+    return folder
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """A folder with a model of several files and adapters of both kinds, as the working folder."""
-    monkeypatch.chdir(tmp_path)
-    jlora.peft.to_safetensors(model(), "base", shard_bytes=1500)
-    (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "base" / "pytorch_model.bin").write_text("not copied")
-    for name, settings in SPECS.items():
-        jlora.peft.save(name, adapted(**settings), base_model="me/tiny")
-    jlora.checkpoint.save("orbax", adapted(**SPECS["lora"]))
-    return tmp_path
+def home(written, tmp_path, monkeypatch):
+    """A copy of it, as the working folder."""
+    home = shutil.copytree(written, tmp_path / "home")
+    monkeypatch.chdir(home)
+    return home
 
 
 def test_inspect_tells_targets_ranks_and_size(home, capsys):
@@ -63,24 +86,25 @@ def test_inspect_tells_targets_ranks_and_size(home, capsys):
 def test_inspect_as_json_has_each_module(home, capsys):
     assert main(["inspect", "lora", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    node = adapted(**SPECS["lora"])["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"]
+    node = adapted("lora")["model"]["layers"]["1"]["mlp"]["up_proj"]["weight"]
     module = next(m for m in told["modules"] if m["name"] == "model.layers.1.mlp.up_proj")
     assert (module["shape"], module["rank"], module["scale"]) == ([8, 12], 4, 4.0)
-    np.testing.assert_allclose(module["norm"], np.linalg.norm(4 * node.lora_a @ node.lora_b), rtol=1e-5)
+    np.testing.assert_allclose(module["norm"], np.linalg.norm(4 * np.asarray(node.lora_a) @ node.lora_b), rtol=1e-5)
     assert told["parameters"] == sum(m["parameters"] for m in told["modules"]) == 3 * 4 * (16 + 20)
 
 
 def test_inspect_reads_an_orbax_adapter_of_any_variant(home, capsys):
     assert main(["inspect", "orbax"]) == 0
     assert "attn.q_proj" in capsys.readouterr().out
-    jlora.checkpoint.save("oft", jlora.wrap({"dense": {"kernel": jnp.eye(8)}}, jlora.LoraSpec(variant="oft")))
-    assert main(["inspect", "oft"]) == 0
-    assert "OftParam" in capsys.readouterr().out
+    kernel = {"dense": {"kernel": np.eye(8, dtype=np.float32)}}
+    jlora.checkpoint.save("ia3", noisy(kernel, jlora.LoraSpec(variant="ia3")))
+    assert main(["inspect", "ia3"]) == 0
+    assert "Ia3Param" in capsys.readouterr().out
 
 
 def test_inspect_finds_values_that_are_not_finite(home, capsys):
-    tree = adapted(rank=1)
-    broken = jax.tree.map(lambda x, label: x * jnp.nan if label == "trainable" else x, tree, jlora.labels(tree))
+    trainable, frozen = jlora.partition(adapted("lora"))
+    broken = jlora.combine(jax.tree.map(lambda x: np.full_like(x, np.nan), trainable), frozen)
     jlora.peft.save("broken", broken, allow_nonfinite=True)
     assert main(["inspect", "broken"]) == 1
     assert "not finite" in capsys.readouterr().out
@@ -89,9 +113,7 @@ def test_inspect_finds_values_that_are_not_finite(home, capsys):
 @pytest.mark.parametrize("name", SPECS)
 def test_merge_is_that_of_the_library(home, name, capsys):
     assert main(["merge", "base", name, "out"]) == 0
-    merged = jlora.peft.from_safetensors("out")
-    expected = jlora.merge(adapted(**SPECS[name]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), merged, expected)
+    assert_merged(name)
     assert (home / "out" / "config.json").exists() and not (home / "out" / "pytorch_model.bin").exists()
     assert not list(home.glob("out.*"))
 
@@ -119,8 +141,7 @@ def test_merge_goes_on_where_it_was_interrupted(home, monkeypatch, capsys):
     last[0] = None
     assert main(["merge", "base", "lora", "out"]) == 0
     assert len(written) == len({*written}) == len(list((home / "base").glob("*.safetensors")))
-    expected = jlora.merge(adapted(**SPECS["lora"]))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), jlora.peft.from_safetensors("out"), expected)
+    assert_merged("lora")
 
 
 def test_a_merge_of_another_adapter_starts_anew(home, monkeypatch):
@@ -130,11 +151,7 @@ def test_a_merge_of_another_adapter_starts_anew(home, monkeypatch):
         main(["merge", "base", "lora", "out"])
     monkeypatch.setattr(merge_command, "_finish", real)
     assert main(["merge", "base", "dora", "out"]) == 0
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6),
-        jlora.peft.from_safetensors("out"),
-        jlora.merge(adapted(**SPECS["dora"])),
-    )
+    assert_merged("dora")
 
 
 def test_merge_leaves_what_is_not_its_own(home, capsys):
@@ -172,9 +189,9 @@ def test_convert_round_trips(home, capsys):
 
 
 def test_convert_a_stacked_flax_adapter_by_a_map(home, capsys):
-    params = {"layers": {"attention": {"q_proj": {"kernel": jnp.ones((3, 8, 8))}}}}
+    params = {"layers": {"attention": {"q_proj": {"kernel": np.ones((3, 8, 8), np.float32)}}}}
     axes = {"q_proj": jlora.Axes(1, 2, 0)}
-    jlora.checkpoint.save("stacked", jlora.wrap(params, jlora.LoraSpec(targets="q_proj", rank=2, axes=axes)))
+    jlora.checkpoint.save("stacked", noisy(params, jlora.LoraSpec(targets="q_proj", rank=2, axes=axes)))
     assert main(["convert", "stacked", "torch", "--to", "peft", "--names", "llama"]) == 0
     names = {*TensorFile(home / "torch/adapter_model.safetensors")}
     assert "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight" in names and len(names) == 6

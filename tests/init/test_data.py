@@ -1,5 +1,7 @@
 """EVA and LoRA-GA against numpy, on plain, stacked and branched kernels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,9 @@ def noise(*shape, seed=0):
 
 
 PARAMS = {"up": noise(8, 16), "layers": 0.3 * noise(3, 16, 16), "table": noise(20, 8), "head": noise(16, 10)}
-PARAMS = jax.tree.map(jnp.asarray, PARAMS)
+PARAMS = jax.device_put(PARAMS)
 # Inputs with a spectrum that falls, as those of a network do.
-BATCHES = [jnp.asarray(noise(40, 8, seed=i) * 0.6 ** np.arange(8)) for i in range(3)]
+BATCHES = [jax.device_put(noise(40, 8, seed=i) * np.float32(0.6) ** np.arange(8, dtype=np.float32)) for i in range(3)]
 
 
 def model(params, x):
@@ -31,45 +33,65 @@ def model(params, x):
 
 def inputs_of(batch):
     """The inputs of each kernel, written out."""
-    hidden = [np.tanh(np.asarray(batch) @ PARAMS["up"])]
-    for w in PARAMS["layers"]:
+    hidden = [np.tanh(np.asarray(batch) @ np.asarray(PARAMS["up"]))]
+    for w in np.asarray(PARAMS["layers"]):
         hidden.append(hidden[-1] + np.tanh(hidden[-1] @ w))
     return np.asarray(batch), np.stack(hidden[:-1]), hidden[-1]
 
 
-def wrapped(**settings):
+def plan(params=PARAMS, **settings):
     spec = jlora.LoraSpec(targets=["up", "layers", "head"], rank=RANK, **settings)
-    return jlora.wrap(PARAMS, spec, sites=jlora.sites(model, PARAMS, BATCHES[0]))
+    return jlora.wrap(params, spec, sites=jlora.sites(model, PARAMS, BATCHES[0]))
+
+
+@functools.cache
+def wrapped(**settings):
+    return jax.jit(lambda params: plan(params, **settings))(PARAMS)
+
+
+def shapes(**settings):
+    return jax.eval_shape(lambda params: plan(params, **settings), PARAMS)
 
 
 def projector(columns):
     return columns @ np.swapaxes(columns, -1, -2)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_eva_finds_the_directions_of_most_variance(variant):
-    params = jax.jit(lambda params, batches: jlora.init.eva(model, params, batches))(wrapped(variant=variant), BATCHES)
+
+    @jax.jit
+    def started(params, batches):
+        params = jlora.init.eva(model, params, batches)
+        return params, jlora.apply(model)(params, batches[0]), model(PARAMS, batches[0])
+
+    params, found, expected = started(wrapped(variant=variant), BATCHES)
+    assert error(found, expected) <= 2e-6
     every = [np.concatenate(x, axis=-2) for x in zip(*map(inputs_of, BATCHES), strict=True)]
     for name, x in zip(("up", "layers", "head"), every, strict=True):
         _, _, vt = np.linalg.svd(x.astype(np.float64), full_matrices=False)
         leading = np.swapaxes(vt[..., :RANK, :], -1, -2)
-        found = np.asarray(params[name].lora_a, np.float64)
-        np.testing.assert_allclose(projector(found), projector(leading), atol=2e-3)
-        np.testing.assert_allclose(np.abs(np.sum(found * leading, -2)), 1, atol=2e-3)  # one by one, in order
+        columns = np.asarray(params[name].lora_a, np.float64)
+        np.testing.assert_allclose(projector(columns), projector(leading), atol=2e-3)
+        np.testing.assert_allclose(np.abs(np.sum(columns * leading, -2)), 1, atol=2e-3)  # one by one, in order
         assert not np.any(params[name].lora_b)
-    assert error(jlora.apply(model)(params, BATCHES[0]), model(PARAMS, BATCHES[0])) <= 2e-6
     assert same_bits(jlora.unwrap(params), PARAMS)
 
 
 def test_eva_leaves_embeddings_alone():
+    """Beside a kernel of DoRA."""
     fn = lambda params, tokens: params["table"][tokens] @ params["up"]
-    tokens = jnp.asarray([1, 2, 3, 3, 7, 9, 11, 12])
-    tree = {"table": PARAMS["table"], "up": PARAMS["up"]}
-    spec = jlora.LoraSpec(targets=["table", "up"], rank=2)
-    params = jlora.wrap(tree, spec, sites=jlora.sites(fn, tree, tokens))
-    after = jlora.init.eva(fn, params, [tokens], passes=6)
+    tokens = np.array([1, 2, 3, 3, 7, 9, 11, 12], np.int32)
+    spec = jlora.LoraSpec(targets=["table", "up"], rank=2, variant="dora")
+
+    @jax.jit
+    def both(tree):
+        params = jlora.wrap(tree, spec, sites=jlora.sites(fn, tree, tokens))
+        return params, jlora.init.eva(fn, params, [tokens], passes=6)
+
+    params, after = both({"table": PARAMS["table"], "up": PARAMS["up"]})
     assert same_bits(after["table"], params["table"])
-    _, _, vt = np.linalg.svd(np.asarray(PARAMS["table"])[np.asarray(tokens)])
+    _, _, vt = np.linalg.svd(np.asarray(PARAMS["table"])[tokens])
     np.testing.assert_allclose(projector(np.asarray(after["up"].lora_a)), projector(vt[:2].T), atol=1e-2)
 
 
@@ -77,12 +99,17 @@ def test_eva_of_a_convolution_sees_its_patches():
     fn = lambda params, x: lax.conv_general_dilated(
         x, params["conv"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
     )
-    tree, x = {"conv": jnp.asarray(noise(3, 4, 6))}, noise(2, 9, 4) * 0.5 ** np.arange(4)
-    params = jlora.wrap(tree, jlora.LoraSpec(targets="conv", rank=2), sites=jlora.sites(fn, tree, jnp.asarray(x)))
-    found = jlora.init.eva(fn, params, [jnp.asarray(x)], passes=8)["conv"].lora_a.reshape(12, 2)
+    x = noise(2, 9, 4) * np.float32(0.5) ** np.arange(4, dtype=np.float32)
+
+    @jax.jit
+    def start(tree):
+        params = jlora.wrap(tree, jlora.LoraSpec(targets="conv", rank=2), sites=jlora.sites(fn, tree, x))
+        return jlora.init.eva(fn, params, [x], passes=8)["conv"].lora_a
+
+    found = np.asarray(start({"conv": noise(3, 4, 6)})).reshape(12, 2)
     patches = np.stack([x[:, i : i + 3].reshape(2, 12) for i in range(7)]).reshape(-1, 12)
     _, _, vt = np.linalg.svd(patches)
-    np.testing.assert_allclose(projector(np.asarray(found)), projector(vt[:2].T), atol=1e-2)
+    np.testing.assert_allclose(projector(found), projector(vt[:2].T), atol=1e-2)
 
 
 def loss(params, batch):
@@ -90,8 +117,15 @@ def loss(params, batch):
 
 
 def test_lora_ga_takes_the_singular_vectors_of_the_gradient():
-    params = jax.jit(lambda params, batches: jlora.init.lora_ga(loss, params, batches))(wrapped(), BATCHES)
-    grads = [jax.grad(loss)(PARAMS, batch) for batch in BATCHES]
+
+    @jax.jit
+    def started(before, plain, batches):
+        params = jlora.init.lora_ga(loss, before, batches)
+        outputs = [jlora.apply(model)(tree, batches[0]) for tree in (params, before)]
+        return params, outputs, [jax.grad(loss)(plain, batch) for batch in batches]
+
+    params, (after, before), grads = started(wrapped(), PARAMS, BATCHES)
+    np.testing.assert_array_equal(after, before)
     for name in ("up", "layers", "head"):
         grad = sum(np.asarray(g[name], np.float64) for g in grads)
         u, _, vt = np.linalg.svd(grad, full_matrices=False)
@@ -101,7 +135,6 @@ def test_lora_ga_takes_the_singular_vectors_of_the_gradient():
         np.testing.assert_allclose(projector(left), projector(u[..., :RANK]), atol=5e-3)
         rows, expected = np.swapaxes(right, -1, -2), np.swapaxes(vt[..., RANK : 2 * RANK, :], -1, -2)
         np.testing.assert_allclose(projector(rows), projector(expected), atol=2e-2)
-    np.testing.assert_array_equal(jlora.apply(model)(params, BATCHES[0]), jlora.apply(model)(wrapped(), BATCHES[0]))
     assert same_bits(jlora.unwrap(params), PARAMS)
 
 
@@ -136,15 +169,15 @@ def test_placed_as_the_base(init):
 @pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.lora_ga])
 def test_what_can_not_be_is_said(init):
     with pytest.raises(ValueError, match="batches is empty"):
-        init(loss, wrapped(), [])
+        init(loss, shapes(), [])
     with pytest.raises(ValueError, match="nothing in it is wrapped"):
         init(loss, PARAMS, BATCHES)
     with pytest.raises(ValueError, match="it has VeraParam"):
-        init(loss, wrapped(variant="vera"), BATCHES)
+        init(loss, shapes(variant="vera"), BATCHES)
     with pytest.raises(TypeError, match=r"batches is an array of shape \(40, 8\).*\[batch\]"):
-        init(loss, wrapped(), BATCHES[0])
+        init(loss, shapes(), BATCHES[0])
     with pytest.raises(
         ValueError, match=r"lora_ga: .* head of .* maps 16 to 10, so it has 10, fewer than 2 x 6\. .*'rank': 5"
     ):
-        tree = jlora.wrap(PARAMS, jlora.LoraSpec(targets="head", rank=6))
+        tree = jax.eval_shape(lambda params: jlora.wrap(params, jlora.LoraSpec(targets="head", rank=6)), PARAMS)
         jlora.init.lora_ga(loss, tree, BATCHES)
