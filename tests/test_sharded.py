@@ -37,3 +37,24 @@ def test_shard_map(check_vma):
     found = loss(lambda p: mapped(p, x))(wrapped)
     expected = loss(lambda p: plain(jlora.merge(p), x))(wrapped)
     assert error(found, expected) <= 2e-5
+
+
+VIEWS = {"as it is": lambda w: w, "transposed": lambda w: w.T, "reversed": lambda w: w[::-1]}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_mapped_product_in_a_loop_over_a_quantised_stack(view):
+    """A layer is taken out of the stack, and what its codes can't follow is computed, before the shards are cut."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = P("data")
+    product = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(P(), rows), out_specs=rows)
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(product(view(w), x)), None), x, p["w"])[0]
+    plain = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ view(w)), None), x, p["w"])[0]
+    rng = np.random.default_rng(0)
+    noise = lambda *shape: jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
+    axes = {"w": jlora.Axes((1,), (2,), (0,))}
+    base = jlora.quant.quantize({"w": noise(2, 64, 64)}, "int8", targets="w", axes=axes)
+    params = randomised(jlora.wrap(base, jlora.LoraSpec(targets="w", axes=axes, rank=2)), 0.05)
+    merged = lambda p, x: plain(jlora.merge(p, dtype=jnp.float32), x)
+    run = jax.jit(lambda p, x: (jlora.apply(fn, fallback="error")(p, x), merged(p, x)))
+    assert error(*run(params, noise(4, 64))) <= 2e-5

@@ -1,0 +1,90 @@
+"""Products: which of them have a factored rule for which split of a kernel's axes, and with what precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jlora
+from tests.support import error, evaluated, randomised
+
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def wrapped(kernel, axes, **settings):
+    spec = jlora.LoraSpec(targets="w", axes={"w": axes}, **({"rank": 2} | settings))
+    return randomised(jlora.wrap({"w": kernel}, spec))
+
+
+def check(fn, params, *args, fallback="error"):
+    """Values and gradients are those of the merged kernel."""
+    run = lambda fn: jlora.value_and_grad(lambda p: (jnp.sum(jnp.sin(y := fn(p, *args))), y), has_aux=True)
+    merged = lambda p, *args: fn(jlora.merge(p), *args)
+    found, expected = evaluated(lambda p: [run(f)(p) for f in (jlora.apply(fn, fallback=fallback), merged)], params)
+    assert error(found, expected) <= 2e-5
+
+
+def convolve(p, x, **settings):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers, **settings)
+
+
+CONVOLVED = noise(2, 6, 5, 4)
+
+
+def test_a_convolution_contracts_the_window_and_the_channels():
+    check(convolve, wrapped(noise(3, 2, 4, 6), jlora.Axes((0, 1, 2), (3,))), CONVOLVED)
+
+
+@pytest.mark.parametrize(
+    "axes", [((0, 2), (3,), (1,)), ((2,), (0, 1, 3)), ((0, 1), (2, 3)), ((3,), (0, 1, 2))], ids=str
+)
+def test_other_splits_of_a_convolution_are_computed_densely(axes):
+    """By rows of the window, by channels, or the other way round."""
+    params = wrapped(noise(3, 2, 4, 6), jlora.Axes(*axes))
+    with pytest.warns(jlora.DenseFallbackWarning, match="conv_general_dilated"):
+        check(convolve, params, CONVOLVED, fallback="warn")
+
+
+def test_both_products_of_a_convolution_have_its_precision():
+    fn = lambda p, x: convolve(p, x, precision=lax.Precision.HIGHEST)
+    text = str(jax.make_jaxpr(jlora.apply(fn))(wrapped(noise(3, 2, 4, 6), jlora.Axes((0, 1, 2), (3,))), CONVOLVED))
+    assert text.count("HIGHEST") == 2 * 3  # two operands each of W, a and b
+
+
+RAGGED = noise(3, 8, 12)
+SIZES = jnp.asarray([2, 0, 5])
+
+
+def test_experts_of_a_ragged_product():
+    check(lambda p, x: lax.ragged_dot(x, p["w"], SIZES), wrapped(RAGGED, jlora.Axes((1,), (2,), (0,))), noise(7, 8))
+
+
+def test_experts_of_a_ragged_product_that_share_their_factors():
+    """Where the experts are an axis of the in or of the out side, one of the two factors is that of all of them."""
+    for axes in (jlora.Axes((0, 1), (2,)), jlora.Axes((1,), (0, 2))):
+        check(lambda p, x: lax.ragged_dot(x, p["w"], SIZES), wrapped(RAGGED, axes), noise(7, 8))
+
+
+def test_other_splits_of_experts_are_computed_densely():
+    with pytest.warns(jlora.DenseFallbackWarning, match="ragged_dot"):
+        params = wrapped(RAGGED, jlora.Axes((2,), (1,), (0,)))
+        check(lambda p, x: lax.ragged_dot(x, p["w"], SIZES), params, noise(7, 8), fallback="warn")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"variant": "oft", "options": {"block_size": 4}}, {"variant": "ia3", "options": {"on": "in"}}, {"variant": "ia3"}],
+    ids=["turned", "scaled", "scaled behind"],
+)
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_what_acts_on_an_axis_acts_on_either_side(settings, is_transposed):
+    """On the inputs where the axis is contracted, on the results where it is produced."""
+    params = wrapped(noise(8, 12), jlora.Axes((0,), (1,)), **settings)
+    fn = lambda p, x: x @ (p["w"].T if is_transposed else p["w"])
+    check(fn, params, noise(5, 12 if is_transposed else 8))
