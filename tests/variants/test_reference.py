@@ -214,6 +214,15 @@ KINDS = {
     "boft": kind(oft, TURNS, variant="boft", options={"block_size": 2, "factors": 3}, uses=TURNED),
 }
 CORE = ("dense", "heads", "stacked", "conv", "embedding")
+PARTS = ("lora", "dora", "loha", "ia3", "oft", "lora+pissa")
+
+
+def uses_of(name, i):
+    """Of the core all for a kind that has a part of its own, and every second, by turns, for the others."""
+    core = tuple(use for use in KINDS[name].uses if use in CORE)
+    return core if name in PARTS else core[i % 2 :: 2]
+
+
 # Of the other uses, which are slow, a kind has every second, the next kind those between.
 # An embedding's A starts as zero, and so it stays where A is frozen: nothing trains.
 every_kind = pytest.mark.parametrize(
@@ -222,7 +231,7 @@ every_kind = pytest.mark.parametrize(
         pytest.param(name, uses, id=f"{name}-{label}", marks=marks)
         for i, (name, kind) in enumerate(KINDS.items())
         for label, marks, uses in (
-            ("core", [], tuple(use for use in kind.uses if use in CORE)),
+            ("core", [], uses_of(name, i)),
             ("rest", [pytest.mark.slow], tuple(use for use in kind.uses if use not in CORE)[i % 2 :: 2]),
         )
         if uses
