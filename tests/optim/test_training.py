@@ -258,7 +258,7 @@ def test_extra_arguments_reach_the_optimizer():
 def test_the_ratio_scales_the_updates_of_lora_b_exactly():
     tree, grads = wrapped(), HOLES(wrapped())
     ratios = [16.0, 3.0, 0.5]
-    once, *scaled = updates_with([None, *ratios], optax.sgd(0.1), grads, tree)
+    once, *scaled = updates_with([None, *ratios], optax.sgd(0.125), grads, tree)
     for ratio, updates in zip(ratios, scaled, strict=True):
         expected = once["dense"]["kernel"].lora_b * np.float32(ratio)
         np.testing.assert_array_equal(updates["dense"]["kernel"].lora_b, expected)
