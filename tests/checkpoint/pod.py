@@ -97,6 +97,12 @@ def load(directory, saved_by):
         raise AssertionError("another base was taken")
 
 
+def agree(directory):
+    """Both of what follows, in one start of the processes."""
+    differ(directory)
+    few_bytes()
+
+
 def differ(directory):
     """Processes that don't agree are told so, all of them."""
     checkpoints = jlora.checkpoint.Checkpoints(f"{directory}/run")
@@ -149,7 +155,7 @@ def cut(directory):
         jax.tree.map(np.testing.assert_array_equal, whole(found.tree), whole(trained(wrapped, 1)[0]))
 
 
-def few_bytes(directory):
+def few_bytes():
     """The program that samples the base exchanges some bytes of each leaf, in one exchange."""
     leaves = jax.tree.leaves(params())
     program = base._of_mesh(
@@ -166,5 +172,5 @@ if __name__ == "__main__":
     join()
     command, directory, api, *more = sys.argv[1:]
     backend.newest = lambda: api
-    {f.__name__: f for f in (save, load, differ, endless, cut, few_bytes)}[command](directory, *more)
+    {f.__name__: f for f in (save, load, agree, endless, cut)}[command](directory, *more)
     print("done", jax.process_index(), "of", jax.process_count())

@@ -17,7 +17,7 @@ def numbers(printed, word):
 @pytest.mark.parametrize("api", APIS)
 def test_a_run_that_is_killed_goes_on(api, tmp_path):
     rng, last = random.Random(0), -1
-    for _ in range(5):
+    for _ in range(3):
         with Job("tests.checkpoint.pod", "endless", tmp_path, api, devices=4) as job:
             job.wait_for(f"saved {last + 4}\n")
             time.sleep(rng.uniform(0, 0.3))

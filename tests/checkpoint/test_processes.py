@@ -18,8 +18,7 @@ def test_what_some_processes_save_others_load(saved_by, loaded_by, writes, reads
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
-    run(POD, "differ", tmp_path, APIS[0], count=2, devices=2)
-    run(POD, "few_bytes", tmp_path, APIS[0], count=2, devices=2)
+    run(POD, "agree", tmp_path, APIS[0], count=2, devices=2)
 
 
 @pytest.mark.slow
