@@ -17,7 +17,7 @@ import pytest
 from jax import lax
 
 import jlora
-from tests.support import same_bits
+from tests.support import evaluated, same_bits
 from tests.variants.cases import moved, noise
 
 IN, OUT, RANK, ALPHA = 8, 12, 2, 3.0
@@ -227,7 +227,6 @@ def uses_of(name, i):
     return core if name in PARTS else core[i % 2 :: 2]
 
 
-# Of the other uses, which are slow, a kind has every second, the next kind those between.
 # An embedding's A starts as zero, and so it stays where A is frozen: nothing trains.
 every_kind = pytest.mark.parametrize(
     "name, uses",
@@ -236,7 +235,7 @@ every_kind = pytest.mark.parametrize(
         for i, (name, kind) in enumerate(KINDS.items())
         for label, marks, uses in (
             ("core", [], uses_of(name, i)),
-            ("rest", [pytest.mark.slow], tuple(use for use in kind.uses if use not in CORE)[i % 2 :: 2]),
+            ("rest", [pytest.mark.slow], tuple(use for use in kind.uses if use not in uses_of(name, i))),
         )
         if uses
     ],
@@ -321,8 +320,8 @@ def found(name: str, uses: tuple[str, ...]):
         losses = {use: (weights[use] * y).sum() for use, y in run(tree).items()}
         return sum(losses.values()), losses
 
-    both = jax.jit(lambda tree: (jlora.merge(tree), jlora.value_and_grad(loss, has_aux=True)(tree)))
-    merged, ((_, losses), grads) = both(tree)
+    both = lambda tree: (jlora.merge(tree), jlora.value_and_grad(loss, has_aux=True)(tree))
+    merged, ((_, losses), grads) = evaluated(both, tree)
     return {use: (merged[use]["w"], losses[use], fields_of(grads[use]["w"], KINDS[name], USES[use])) for use in uses}
 
 
