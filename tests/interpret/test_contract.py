@@ -88,3 +88,18 @@ def test_what_acts_on_an_axis_acts_on_either_side(settings, is_transposed):
     params = wrapped(noise(8, 12), jlora.Axes((0,), (1,)), **settings)
     fn = lambda p, x: x @ (p["w"].T if is_transposed else p["w"])
     check(fn, params, noise(5, 12 if is_transposed else 8))
+
+
+CUTS = {
+    "slice": lambda w: w[:4],
+    "reshape": lambda w: w.reshape(2, 4, 12).sum(0),
+    "split": lambda w: jnp.split(w, 2)[1],
+    "lookup": lambda w: w[jnp.asarray([0, 5, 2, 7])],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_view_that_cuts_the_axis_of_a_rotation_is_computed_densely(name):
+    params = wrapped(noise(8, 12), jlora.Axes((0,), (1,)), variant="oft", options={"block_size": 4})
+    with pytest.warns(jlora.DenseFallbackWarning):
+        check(lambda p, x: x @ CUTS[name](p["w"]), params, noise(5, 4), fallback="warn")

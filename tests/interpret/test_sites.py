@@ -146,6 +146,18 @@ def test_a_penalty_does_not_hide_the_product():
     assert {use.kind for use in found.uses} == {"dot", "other"}
 
 
+def test_tables_side_by_side_are_looked_up():
+    """A lookup in one of both, after which they are put together, is one of that table."""
+    table = SHAPE((9, 6), jnp.float32)
+    whole = jlora.sites(lambda p, ids: jnp.concatenate([p["a"], p["b"]])[ids], {"a": table, "b": table}, jnp.arange(3))
+    assert {site.kind for site in whole.values()} == {"embedding"}
+    rows = lambda p, ids: jnp.concatenate([p["a"][ids], jnp.ones((2, 6))]) * 2
+    assert jlora.sites(rows, {"a": table}, jnp.arange(3))["a"].kind == "embedding"
+    stacked = lambda p, ids: jnp.tanh(jnp.concatenate([jnp.take(p["s"], ids, axis=0), p["t"]]))
+    stacks = {"s": SHAPE((3, 6, 4), jnp.float32), "t": SHAPE((2, 6, 4), jnp.float32)}
+    assert jlora.sites(stacked, stacks, jnp.arange(2))["s"].kind == "embedding"
+
+
 # -------------------------------------------------------------------------------- what it takes
 
 TRACED = ["linen_scan", "linen_transformer_with_tied_embedding", "nnx_transformer", "haiku_attention", "equinox_mlp"]

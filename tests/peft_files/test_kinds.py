@@ -1,0 +1,81 @@
+"""Adapters of convolutions, biases of updates, factors that started from the kernel: written, read, compared."""
+
+import json
+
+import numpy as np
+import pytest
+
+import jlora
+from tests.optim.support import noisy
+from tests.peft_files.trees import LINEAR, assert_same, lora, merged, nested, noise
+
+CONV = jlora.Axes((1, 2, 3), (0,))  # PyTorch's (out, in, height, width)
+
+
+def save(directory, state, **axes):
+    """A PyTorch model's tree with random factors at the modules whose axes are given; it, and its state."""
+    nodes = {name: lora(x, axes=axes[key]) if (key := name.split(".")[-2]) in axes else x for name, x in state.items()}
+    tree = nested(nodes)
+    jlora.peft.save(directory, tree)
+    return tree
+
+
+@pytest.mark.parametrize("is_flax", [False, True])
+def test_convolutions(is_flax, tmp_path):
+    """Onto PyTorch's own layout and onto Flax's (height, width, in, out); PEFT's A keeps the window."""
+    state = {"conv.weight": noise(6, 4, 3, 2), "head.weight": noise(5, 6)}
+    expected = merged(save(tmp_path, state, conv=CONV))
+    if not is_flax:
+        assert_same(merged(jlora.peft.load(tmp_path, nested(state))), expected)
+        return
+    params = {
+        "conv": {"kernel": state["conv.weight"].transpose(2, 3, 1, 0)},
+        "head": {"kernel": state["head.weight"].T},
+    }
+    names = [("conv", "conv/kernel"), ("head", "head/kernel")]
+    found = merged(jlora.peft.load(tmp_path, params, names=names))
+    np.testing.assert_allclose(found["conv.kernel"], expected["conv.weight"].transpose(2, 3, 1, 0), atol=1e-5)
+    again = tmp_path / "again"
+    jlora.peft.save(again, jlora.peft.load(tmp_path, params, names=names), names=names)
+    assert_same(merged(jlora.peft.load(again, nested(state))), expected)
+
+
+def test_the_bias_of_an_update(tmp_path):
+    state = {f"{name}.{leaf}": noise(*shape) for name in ("q_proj", "v_proj")
+             for leaf, shape in (("weight", (6, 8)), ("bias", (6,)))}  # fmt: skip
+    axes = dict.fromkeys(("q_proj", "v_proj"), LINEAR)
+    spec = jlora.LoraSpec(targets=["q_proj", "v_proj"], rank=2, alpha=6, lora_bias=True, axes=axes)
+    tree = noisy(nested(state), spec)
+    jlora.peft.save(tmp_path, tree)
+    again = jlora.peft.load(tmp_path, nested(state))
+    node = again["q_proj"]["bias"]
+    assert node.scale == 3 and node.base.shape == node.lora_bias.shape == (6,)
+    assert_same(merged(again), merged(tree))
+
+
+def test_factors_whose_start_was_taken_out_of_the_base(tmp_path):
+    """PEFT's PiSSA files without conversion: W + s (A B - A_0 B_0), A_0 and B_0 the principal part of W."""
+    state = {"q_proj.weight": noise(6, 8), "v_proj.weight": noise(6, 8)}
+    tree = save(tmp_path, state, q_proj=LINEAR)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    found = merged(jlora.peft.load(tmp_path, nested(state)))["q_proj.weight"]
+    u, s, vt = np.linalg.svd(state["q_proj.weight"])
+    principal = (u[:, :2] * s[:2]) @ vt[:2]
+    np.testing.assert_allclose(found, merged(tree)["q_proj.weight"] - principal, atol=1e-5)
+
+
+def test_a_table_and_its_head_swapped(tmp_path):
+    """Each has the rows that are its own, whichever is written first."""
+    state = {"embed_tokens.weight": noise(10, 8), "lm_head.weight": noise(10, 8)}
+    axes = {"embed_tokens": jlora.Axes((0,), (1,)), "lm_head": LINEAR}
+    expected = merged(save(tmp_path, state, **axes))
+    assert_same(merged(jlora.peft.load(tmp_path, nested(state))), expected)
+    assert np.abs(expected["embed_tokens.weight"] - expected["lm_head.weight"]).max() > 0.1
+
+
+def test_a_file_of_other_sizes_is_refused(tmp_path):
+    save(tmp_path, {"q_proj.weight": noise(6, 8)}, q_proj=LINEAR)
+    for shape in ((6, 9), (7, 8)):
+        with pytest.raises(ValueError, match=rf"q_proj has factors \(2, 8\) and \(6, 2\), .* of shape \({shape[0]}, "):
+            jlora.peft.load(tmp_path, nested({"q_proj.weight": noise(*shape)}))
