@@ -2,8 +2,10 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import jlora
 from tests.optim.support import noisy
@@ -79,3 +81,28 @@ def test_a_file_of_other_sizes_is_refused(tmp_path):
     for shape in ((6, 9), (7, 8)):
         with pytest.raises(ValueError, match=rf"q_proj has factors \(2, 8\) and \(6, 2\), .* of shape \({shape[0]}, "):
             jlora.peft.load(tmp_path, nested({"q_proj.weight": noise(*shape)}))
+
+
+def test_names_that_the_tree_does_not_have(tmp_path):
+    """All are counted, and the nearest of the tree's are told."""
+    state = {f"attn.{p}.weight": noise(6, 8) for p in ("q_proj", "k_proj", "v_proj")}
+    save(tmp_path, state, q_proj=LINEAR, k_proj=LINEAR)
+    tree = nested({"attn.query.weight": noise(6, 8), "attn.k_proj.weight": noise(6, 8)})
+    with pytest.raises(ValueError, match=r"has attn\.q_proj, which the tree does not have\. Nearest: attn\.\w+, "):
+        jlora.peft.load(tmp_path, tree)
+    with pytest.raises(ValueError, match=r"has attn\.\w_proj, and 1 more, which the tree does not have"):
+        jlora.peft.load(tmp_path, nested({"attn.query.weight": noise(6, 8), "attn.value.weight": noise(6, 8)}))
+
+
+def test_stacked_experts_of_a_model(tmp_path):
+    """PyTorch's one parameter (experts, out, in) from a leaf (experts, in, out), and back."""
+    params = {"experts": {"up": noise(3, 8, 6)}, "head": {"kernel": noise(6, 5)}}
+    parameter = jlora.peft.Layout("batch in out", is_parameter=True)
+    names = [("experts.up", "experts/up", parameter), ("head", "head/kernel")]
+    jlora.peft.to_safetensors(params, tmp_path, names=names)
+    theirs = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(theirs["experts.up"], params["experts"]["up"].swapaxes(1, 2))
+    np.testing.assert_array_equal(theirs["head.weight"], params["head"]["kernel"].T)
+    shapes = jax.eval_shape(lambda: params)
+    again = jlora.peft.from_safetensors(tmp_path, like=shapes, names=names)
+    np.testing.assert_array_equal(again["experts"]["up"], params["experts"]["up"])

@@ -315,9 +315,15 @@ REFUSED = {
     "loftq_config": ({"loftq_config": {"loftq_bits": 4}}, "jlora.quant.loftq"),
     "eva_config": ({"corda_config": {}, "eva_config": {"rho": 2.0}}, "jlora.init.eva"),
     "replication": ({"layer_replication": [[0, 4], [2, 6]]}, "repeat them in the tree"),
-    "megatron": ({"megatron_config": {"a": 1}}, "Megatron"),
+    "megatron": ({"megatron_config": {"a": 1}}, "can't be honoured: it is of Megatron's own layers"),
     "alora": ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
-    "qalora": ({"use_qalora": True}, "QA-LoRA"),
+    "qalora": ({"use_qalora": True}, "QA-LoRA is another method"),
+    "bdlora": ({"use_bdlora": True}, "BD-LoRA is another method"),
+    "corda": ({"corda_config": {"a": 1}}, "CorDA is another method"),
+    "velora": ({"velora_config": {"a": 1}}, "VeLoRA is another method"),
+    "monteclora": ({"monteclora_config": {"a": 1}}, "MonteCLoRA is another method"),
+    "arrow": ({"arrow_config": {"a": 1}}, "Arrow is another method"),
+    "kasa": ({"kasa_config": {"a": 1}}, "KaSA is another method"),
     "layers of text": ({"target_modules": "q_proj", "layers_to_transform": 0}, "a list of target_modules only"),
     "layers name of text": ({"target_modules": "q_proj", "layers_pattern": "h"}, "a list of target_modules only"),
     "layers alone": ({"layers_pattern": "h"}, "needs layers_to_transform"),
@@ -325,7 +331,7 @@ REFUSED = {
     "regex of layers": ({"layers_to_transform": [0], "layers_pattern": "h.*"}, "one list of layers"),
     "layers": ({"layers_to_transform": "3"}, "layers must be a sequence"),
     "layers twice": ({"target_modules": ["0.q_proj"], "layers_to_transform": [1]}, "name layers too, ['0.q_proj']"),
-    "parameters": ({"target_modules": "all-linear", "target_parameters": ["a"]}, "name the target_modules"),
+    "parameters": ({"target_modules": "all-linear", "target_parameters": ["a"]}, "target_parameters=['a'] can't be"),
     "ranks of parameters": ({"target_parameters": ["a"], "rank_pattern": {"a": 1}}, "beside target_parameters"),
     "not a pattern": ({"rank_pattern": [1]}, "rank_pattern=[1] can't be honoured: it must map"),
     "not a regex": ({"target_modules": "q("}, "no valid regular expression"),
@@ -472,7 +478,8 @@ def test_llamafactorys_oft():
     config = {"finetuning_type": "oft", "oft_block_size": 8, "oft_target": "q_proj", "additional_target": "lm_head"}
     peft = {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     assert LoraSpec.from_llamafactory(config) == LoraSpec.from_peft(peft)
-    assert LoraSpec.from_llamafactory({"finetuning_type": "oft"}).options == {"block_size": 32}
+    plain = LoraSpec.from_llamafactory({"finetuning_type": "oft"})
+    assert (plain.targets, plain.options) == ("all-linear", {"block_size": 32})
 
 
 FACTORY_REFUSED = {
