@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = "MUTANTS_PARTS"  # where the processes of `cover` leave what they saw
 QUICK = ["-n", "2", "-m", "not slow", "-q"]
 HEAVY = "jax flax flax.nnx flax.linen optax orbax.checkpoint haiku equinox chex numpy hypothesis qwix".split()
-PACKAGES = ("interpret", "settings")  # one row each of the report
+PACKAGES = ("interpret", "spec")  # one row each of the report
 NEAR = 6  # so many test files are collected first
 TOOL = 4  # of `sys.monitoring`
 NO_TESTS = 5  # pytest's status where a mutant has changed the cases of a test
@@ -221,19 +221,21 @@ class Cover:
             for of_line in lines.values():
                 mask |= of_line
             mask = mask or (1 << len(self.tests)) - 1  # such as a module of constants
-        return in_order([test for test, bit in zip(self.tests, reversed(f"{mask:b}"), strict=False) if bit == "1"])
+        found = [test for test, bit in zip(self.tests, reversed(f"{mask:b}"), strict=False) if bit == "1"]
+        return in_order(found, room=Path(mutant["file"]).parts[1].removesuffix(".py"))
 
 
-def in_order(tests: list[list]) -> list[list]:
-    """Short tests of few lines first: one of each function, the files in turn; then the other cases, file by file."""
+def in_order(tests: list[list], room: str = "") -> list[list]:
+    """Those of the room first, then short tests of few lines: one of each function, the files in turn; then the rest."""
     first, others, functions, turns = [], [], set(), collections.Counter()
-    for test in sorted(tests, key=lambda test: test[2] * (test[1] + 0.05)):
+    is_far = lambda test: room not in file_of(test)
+    for test in sorted(tests, key=lambda test: (is_far(test), test[2] * (test[1] + 0.05))):
         file, function = file_of(test), function_of(test)
         if function in functions:
             others.append(test)
         else:
             functions.add(function)
-            first.append((turns[file], test))
+            first.append(((is_far(test), turns[file]), test))
             turns[file] += 1
     places = {file: i for i, file in enumerate(turns)}
     first = [test for _, test in sorted(first, key=lambda pair: pair[0])]
