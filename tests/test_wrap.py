@@ -446,3 +446,11 @@ def test_a_function_that_targets_a_vector_is_told_that_it_is_no_kernel():
     with pytest.raises(ValueError, match=MLP_BIAS) as error:
         wrap(PARAMS, spec(targets=lambda path, leaf: path == MLP_BIAS))
     assert "ambiguous" not in str(error.value)
+
+
+def test_a_target_of_vectors_alone_lists_them_in_order():
+    params = {name: {"scale": jnp.ones(4)} for name in "gbfadce"} | {"w": {"kernel": jnp.ones((4, 4))}}
+    with pytest.raises(
+        ValueError, match=r"matches a/scale, b/scale, c/scale, d/scale, e/scale and 2 more, none of which"
+    ):
+        wrap(params, LoraSpec(targets="scale"))

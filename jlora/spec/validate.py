@@ -255,8 +255,6 @@ def plain_data(name: str, value: Any) -> Any:
         return text_of(value)
     if isinstance(value, Axes):
         return {k: list(v) for k, v in dataclasses.asdict(value).items()}
-    if isinstance(value, bool) and name != "targets":
-        return value
     if isinstance(value, Mapping) and name != "targets":
         return {k: plain_data(name, v) for k, v in value.items()}
     if isinstance(value, tuple):

@@ -340,3 +340,12 @@ def test_an_override_back_to_the_default_dtype_comes_back():
 def test_what_no_file_holds_is_refused(name, value):
     with pytest.raises(TypeError, match=f"to_dict: {name} is"):
         LoraSpec(**{name: value}).to_dict()
+
+
+def test_settings_take_their_forms():
+    """Sequences become tuples, single patterns one of them; NumPy's numbers Python's."""
+    spec = LoraSpec(targets="query", exclude="a", train=["b"], layers=range(2), train_tokens={"embed": [1, 2]})
+    assert (spec.targets, spec.exclude, spec.train, spec.layers) == (("query",), ("a",), ("b",), (0, 1))
+    assert spec.train_tokens == {"embed": (1, 2)}
+    assert type(LoraSpec(rank=np.int64(4)).rank) is int
+    assert LoraSpec(axes={"w": [0, [1, 2]]}).axes == {"w": Axes((0,), (1, 2))}
