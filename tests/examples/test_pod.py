@@ -62,6 +62,7 @@ def held_out():
     return job.split(job.windows(job.tiny(job.TINY)[1], 32))[1]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_each_step_has_its_line(whole):
     out = whole.out
     assert [line["step"] for line in lines(out)] == list(range(1, 13))
@@ -71,12 +72,14 @@ def test_the_loss_falls_and_each_step_has_its_line(whole):
     assert rates[0] == pytest.approx(1e-3) and rates[-1] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_base_keeps_its_bits(whole):
     host, _ = job.tiny(job.TINY)
     base = jax.tree.map(lambda x: x.astype(np.float32), host)
     assert same_bits(jax.device_get(jlora.unwrap(whole.params)), base)
 
 
+@pytest.mark.slow
 def test_everything_lies_where_its_kernel_lies(whole):
     params = whole.params
     node = params["layers"]["attention"]["q_proj"]["kernel"]
@@ -88,6 +91,7 @@ def test_everything_lies_where_its_kernel_lies(whole):
     assert where(state) == where(places) == where(jlora.partition(params)[0]) * 2
 
 
+@pytest.mark.slow
 def test_the_adapter_that_is_written_is_the_one_that_was_trained(whole):
     host = jax.device_get(whole.params)
     read = jlora.peft.load(whole.out / "adapter", jlora.unwrap(host), names="llama")
@@ -136,6 +140,7 @@ def test_a_job_that_dies_does_the_steps_after_its_checkpoint_again(whole, tmp_pa
     np.testing.assert_allclose(losses(tmp_path), losses(whole.out), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_job_only_writes_its_adapter_again(whole):
     out = whole.out
     before = (out / "metrics.jsonl").read_text()
@@ -143,6 +148,7 @@ def test_a_finished_job_only_writes_its_adapter_again(whole):
     assert (out / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_go_on_with_a_job(whole, capsys, monkeypatch):
     shapes = lambda host, *_: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), host)
     monkeypatch.setattr(job, "place", shapes)  # it is refused before the base is needed
@@ -190,6 +196,7 @@ def test_batches_start_at_any_step():
     np.testing.assert_array_equal(every[3:], later)
 
 
+@pytest.mark.slow
 def test_held_out_rows_count_once(whole):
     """Those of the last batch too, which has places left."""
     (base, _), (params, batches) = whole.measured
@@ -311,6 +318,7 @@ def test_a_process_by_hand_is_told_in_whole(flags, capsys):
     assert "--coordinator, --processes and --process go together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_laptop_is_no_cluster_and_one_that_is_asked_for_is_an_error():
     code = """
 import jax, runpy, sys

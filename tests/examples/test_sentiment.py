@@ -68,6 +68,7 @@ def settings(*argv):
     return sentiment.parse(list(argv))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adam_promotes")
 def test_training_lowers_the_loss_and_moves_only_what_trains(start, data):
     frozen = jax.tree.map(np.array, jlora.partition(start)[1])
@@ -81,6 +82,7 @@ def test_training_lowers_the_loss_and_moves_only_what_trains(start, data):
     assert training.accuracy(jax.jit(jlora.apply(ONE_LAYER.apply)), trained, data) > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("adam_promotes")
 def test_ctrl_c_ends_training_after_the_step_under_way(start, data):
     before = signal.getsignal(signal.SIGINT)
@@ -172,6 +174,7 @@ def test_movie_sentences(tmp_path):
     assert sentiment.movie_sentences(tmp_path / "ratings.tar.gz") == [("A gem.", 1), ("Dull, à la carte.", 0)]
 
 
+@pytest.mark.slow
 def test_the_probe_separates_what_is_separable():
     x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     labels = (x[:, 2] > 0.3).astype(np.int32)

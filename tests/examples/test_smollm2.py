@@ -266,6 +266,7 @@ def test_tokenizer_from_metadata():
 # ---------------------------------------------------------------- the fine-tune
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_only_what_trains(params):
     rows = np.tile(np.arange(16, dtype=np.int32), (8, 1))
     args = hamlet.parse(["--steps", "30", "--lr", "0.02", "--rank", "2"])
@@ -287,6 +288,7 @@ BASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, codes, flags", BASES, ids=lambda x: "".join(x))
 def test_quantised_bases_hold_all_linear_kernels(params, name, codes, flags):
     args = hamlet.parse(["--quantize", name, *flags, "--rank", "2"])

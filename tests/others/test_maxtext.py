@@ -218,7 +218,8 @@ def test_generation():
     support.check_generation(predict, step, {"decoder": {"layers": cache}}, tree(), TOKENS[:, :16], size)
 
 
-@pytest.mark.parametrize("policy", ["full", pytest.param("minimal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "minimal"])
 def test_it_costs_what_it_costs_by_hand(policy):
     plain, by_hand = Model(policy=policy), Model(rank=RANK, policy=policy)
     lora = jax.eval_shape(lambda: by_hand.init(jax.random.key(0), TOKENS))["lora"]
