@@ -226,12 +226,12 @@ class Cover:
 
 
 def in_order(tests: list[list], room: str = "") -> list[list]:
-    """Those of the room first; short tests of few lines, one of each function, by turns of files; then the others."""
+    """All of the room first; then short tests of few lines, one of each function, by turns of files; then the others."""
     first, others, functions, turns = [], [], set(), collections.Counter()
     is_far = lambda test: room not in file_of(test)
     for test in sorted(tests, key=lambda test: (is_far(test), test[2] * (test[1] + 0.05))):
         file, function = file_of(test), function_of(test)
-        if function in functions:
+        if function in functions and (is_far(test) or not room):
             others.append(test)
         else:
             functions.add(function)

@@ -1,5 +1,8 @@
 """Products: which of them have a factored rule for which split of a kernel's axes, and with what precision."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 from jax import lax
 
 import jlora
+from jlora.variants import AdaptedParam, frozen, gained, plain, static, trained
 from tests.support import error, evaluated, randomised
 
 RNG = np.random.default_rng(0)
@@ -103,3 +107,36 @@ def test_a_view_that_cuts_the_axis_of_a_rotation_is_computed_densely(name):
     params = wrapped(noise(8, 12), jlora.Axes((0,), (1,)), variant="oft", options={"block_size": 4})
     with pytest.warns(jlora.DenseFallbackWarning):
         check(lambda p, x: x @ CUTS[name](p["w"]), params, noise(5, 4), fallback="warn")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaledParam(AdaptedParam):
+    """A variant of one's own: every element of the kernel times a number of its own, which no product can factor."""
+
+    base: Any = frozen()
+    gain: Any = trained("batch in out")
+    axes: jlora.Axes = static()
+    layers: Any = static(default=None)
+
+    @classmethod
+    def create(cls, base, kernel, key):
+        return cls(base, jnp.ones(kernel.sizes("batch in out")), **kernel.place)
+
+    def effective(self, name, key):
+        return gained(plain(self.base, name=name), self.beside(self.gain, "batch in out", fill=1))
+
+
+@pytest.mark.parametrize(
+    "fn, kernel, axes, x",
+    [
+        (lambda p, x: x @ p["w"], noise(8, 12), ((0,), (1,)), noise(5, 8)),
+        (lambda p, x: lax.ragged_dot(x, p["w"], SIZES), RAGGED, ((1,), (2,), (0,)), noise(7, 8)),
+        (convolve, noise(3, 2, 4, 6), ((0, 1, 2), (3,)), CONVOLVED),
+    ],
+    ids=["dot", "ragged", "conv"],
+)
+def test_a_gain_of_every_element_is_computed_densely(fn, kernel, axes, x):
+    params = wrapped(kernel, jlora.Axes(*axes), variant=ScaledParam)
+    with pytest.warns(jlora.DenseFallbackWarning):
+        check(fn, params, x, fallback="warn")

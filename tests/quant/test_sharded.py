@@ -157,8 +157,10 @@ def test_values_and_gradients_are_those_of_one_device(mode, dtype, double_quant)
     with jax.set_mesh(mesh):
         tree = jax.device_put(expected_tree, jlora.sharding.shardings(expected_tree, mesh, SPECS))
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("fsdp", None)))
-        program = step_of(model(mode, mesh)).lower(tree, tokens).compile()
-        found = program(tree, tokens)
+        step = step_of(model(mode, mesh))
+        program = step.lower(tree, tokens).compile()
+        # Called as it is, JAX 0.10 takes no codes of four bits.
+        found = (step if dtype == "nf4" else program)(tree, tokens)
     assert error(found, expected) <= 1e-4
     gathers = [line for line in program.as_text().splitlines() if " all-gather(" in line]
     kernels = ("f32[256,128]", "f32[128,256]", "f32[3,256,128]", "f32[3,128,256]", "f32[24,128]")
