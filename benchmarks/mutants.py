@@ -226,7 +226,7 @@ class Cover:
 
 
 def in_order(tests: list[list], room: str = "") -> list[list]:
-    """All of the room first; then short tests of few lines, one of each function, by turns of files; then the others."""
+    """All of the room first; then short tests of few lines, one of each function, by turns of files; then the rest."""
     first, others, functions, turns = [], [], set(), collections.Counter()
     is_far = lambda test: room not in file_of(test)
     for test in sorted(tests, key=lambda test: (is_far(test), test[2] * (test[1] + 0.05))):
