@@ -124,3 +124,14 @@ def test_layers_round_trip():
     spec = jlora.LoraSpec(layers=range(8, 16), layers_name="layers")
     assert spec.layers == tuple(range(8, 16))
     assert jlora.LoraSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_a_layer_that_is_left_out_needs_no_axes():
+    """Nor a type or a size that can be adapted."""
+    params = {f"layer_{i}": {"up": {"kernel": x}} for i, x in enumerate((jnp.ones((8, 8)), jnp.ones((2, 3, 4))))}
+    params["layer_2"] = {"up": {"kernel": jnp.ones((4, 4), jnp.int32)}}
+    wrapped = jlora.wrap(params, jlora.LoraSpec(rank=2, layers=[0]))
+    assert isinstance(wrapped["layer_0"]["up"]["kernel"], jlora.LoraParam)
+    assert wrapped["layer_1"] == params["layer_1"] and wrapped["layer_2"] == params["layer_2"]
+    with pytest.raises(ValueError, match=r"layer_1/up/kernel of shape .* ambiguous"):
+        jlora.wrap(params, jlora.LoraSpec(rank=2, layers=[0, 1]))
