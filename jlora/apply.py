@@ -59,7 +59,6 @@ def apply(
       rng: a PRNG key that switches the adapters' dropout on.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
-
       native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it), of
         tiles of 128 or more, are computed in 8 bits: their inputs are rounded to as many, row by row; gradients are
         those of the exact product. Elsewhere it changes nothing.

@@ -1,1 +1,1 @@
-"""Initial values of the factors, mathematics only: `random` draws them, `spectral` takes them from the kernel."""
+"""The mathematics of the factors' initial values: `random` draws them, `spectral` takes them from the kernel."""

@@ -1,4 +1,4 @@
-"""Initial values of the factors.
+"""How factors start: the public names.
 
 The functions of `jlora.factors` draw them, or take them from the kernel itself. `eva` and `lora_ga` take them from
 batches of the training data: functions of a wrapped tree that give the tree with other factors. Both work under jit and

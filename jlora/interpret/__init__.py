@@ -1,6 +1,8 @@
 """The interpreter: runs a function's jaxpr on factored weights.
 
-`interpreter` walks the equations; `views`, `contract` and `control` hold the rules of the primitives; `factored` is the
-value that stands between variants and primitives, `products` and `ends` compute with it; `sites` is the same walk with
-axis bookkeeping only; `compat` holds what differs between JAX versions.
+`interpreter` walks the equations. Rules of primitives: `views`, and `moves` over devices; `contract`, of products and
+lookups; `control`, calls and loops. `factored` is the value that stands between variants and primitives; `products` and
+`ends` compute with it, `copies` shares what products read. `quantised` is a base of few bits, `stored` its views,
+`eightbits` its products by hardware. `manual` and `places` know meshes. `sites` is the same walk with axis bookkeeping
+only. `compat` holds what differs between JAX versions.
 """

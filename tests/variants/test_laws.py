@@ -46,6 +46,7 @@ OTHERS = [
     ("lora+layers", "expert"),
     *((kind, "dense") for kind in KINDS if USES[kind] == SOME),
 ]
+OTHERS += [(kind, "dense") for kind in KINDS if kind not in PARTS and kind not in dict(OTHERS)]
 QUICK = [(*pair, "f32") for pair in [*itertools.product(PARTS, RULES), *OTHERS] if pair in PAIRS]
 QUICK += [(*pair, "bf16") for pair in zip(PARTS, itertools.cycle(RULES), strict=False)]
 # Slow: each part with every other use, all laws in 16 bits; of the other kinds all that is left, in values alone.

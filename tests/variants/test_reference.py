@@ -17,6 +17,7 @@ import pytest
 from jax import lax
 
 import jlora
+from jlora.variants import VARIANTS
 from tests.support import evaluated, same_bits
 from tests.variants.cases import moved, noise
 
@@ -213,6 +214,7 @@ KINDS = {
     "oft": kind(oft, TURNS, variant="oft", options={"block_size": 4}, uses=TURNED),
     "boft": kind(oft, TURNS, variant="boft", options={"block_size": 2, "factors": 3}, uses=TURNED),
 }
+assert {name.partition("+")[0] for name in KINDS} == {*VARIANTS}, "each variant has a reference"
 CORE = ("dense", "heads", "stacked", "conv", "embedding")
 PARTS = ("lora", "dora", "loha", "ia3", "oft", "lora+pissa")
 
