@@ -12,7 +12,7 @@ FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_cou
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("JLORA_EXAMPLES", "25"))
 settings.register_profile(
     "jlora",
     max_examples=EXAMPLES,

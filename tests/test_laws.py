@@ -148,7 +148,7 @@ def _with_a_negative_zero(x):
     return jnp.asarray(array)
 
 
-@pytest.mark.parametrize("name", list(ZOO)[::10])
+@pytest.mark.parametrize("name", list(ZOO)[::20])
 def test_pure_and_abstract(name):
     """wrap, merge and partition give the same tree concretely, on shapes alone, and under jit the same factors."""
     program = ZOO[name]

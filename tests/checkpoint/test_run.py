@@ -127,7 +127,7 @@ def test_the_files_are_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "api, kind",
     [
-        (APIS[0], AxisType.Auto),
+        pytest.param(APIS[0], AxisType.Auto, marks=pytest.mark.slow),
         (APIS[-1], AxisType.Explicit),
         pytest.param(APIS[0], AxisType.Explicit, marks=pytest.mark.slow),
         pytest.param(APIS[-1], AxisType.Auto, marks=pytest.mark.slow),

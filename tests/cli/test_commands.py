@@ -242,6 +242,7 @@ def test_help_tells_each_command(command, capsys):
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module(home):
     command = [sys.executable, "-m", "jlora", "diff", "lora", "lora"]
     environment = os.environ | {"PYTHONPATH": str(Path(jlora.__file__).parents[1])}

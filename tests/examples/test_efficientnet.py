@@ -93,6 +93,7 @@ def torch_tensors():
     return {name: rng.uniform(0.5, 1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 def test_adapters_on_the_1x1_convolutions(variables):
     stats = variables["batch_stats"]
     forward = lambda params, x: TINY.apply({"params": params, "batch_stats": stats}, x)

@@ -172,7 +172,8 @@ def test_qera_is_the_best_update_for_the_outputs():
     assert same_bits(jlora.unwrap(found), quantised())
 
 
-@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.slow), (0, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [None, (0, 2)])
 def test_qera_measures_each_place_of_a_stack(layers):
     """With two in axes, and some of the layers."""
     kernel, axes = noise(3, 4, 16, 48), {"kernel": jlora.Axes((1, 2), 3, 0)}
@@ -186,6 +187,7 @@ def test_qera_measures_each_place_of_a_stack(layers):
     assert (left(found) < 0.9 * left(loftq)).tolist() == [layers is None or i in layers for i in range(3)]
 
 
+@pytest.mark.slow
 def test_qera_of_kernels_one_by_one_and_of_tables(monkeypatch):
     """A table has no inputs: its update is loftq's. Columns of A are as long as LoRA's."""
     plain = {"up": noise(64, 48), "down": noise(48, 64), "table": noise(32, 64)}
