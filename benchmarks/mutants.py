@@ -678,20 +678,27 @@ def run(args) -> None:
         for folder in folders:
             copy_checkout(folder)
         check_unmutated(folders[0], seen.tests)
-        for key, found in try_all(queue, mutants, seen, folders, args.timeout):
+        known = {key: of["test"] for key, of in (read(args.first) if args.first else {}).items()}
+        for key, found in try_all(queue, mutants, seen, known, folders, args.timeout):
             done[key] = found
             save(args.out, done)
             print(f"{len(done)}: {found['status']} after {found['ran']} tests, {found['seconds']} s: {key}", flush=True)
 
 
-def try_all(queue: list[str], mutants: dict, seen: Cover, folders: list[Path], timeout: float):
+def with_first(tests: list[list], killer: str | None) -> list[list]:
+    """The tests, those first that are the one that killed the mutant before, or other cases of its function."""
+    function = killer and function_of([killer])
+    return sorted(tests, key=lambda test: (test[0] != killer, function_of(test) != function) if killer else 0)
+
+
+def try_all(queue: list[str], mutants: dict, seen: Cover, known: dict, folders: list[Path], timeout: float):
     """Yields each mutant's key and what became of it, one process in each folder at a time."""
     running, free = {}, list(folders)
     while queue or running:
         while queue and free:
             key = queue.pop(0)
             mutant = mutants.get(key)
-            tests = seen.tests_of(mutant) if mutant else []
+            tests = with_first(seen.tests_of(mutant) if mutant else [], known.get(key))
             if not tests:
                 yield key, {"status": "uncovered" if mutant else "gone", "test": None, "ran": 0, "seconds": 0}
                 continue
@@ -765,6 +772,7 @@ def main() -> None:
         command.add_argument(name)
     command.add_argument("--jobs", type=int, default=2)
     command.add_argument("--timeout", type=float, default=600, help="seconds of a mutant")
+    command.add_argument("--first", metavar="BEFORE", help="an earlier run, whose killing tests come first")
     command.add_argument("--only", nargs="+", metavar="KEY", help="these again")
     command.add_argument("--only-survivors", action="store_true", help="again, those that were not killed")
     command = commands.add_parser("report", help="prints what was killed, and what survived")
