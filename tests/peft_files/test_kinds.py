@@ -3,13 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import jlora
 from tests.optim.support import noisy
-from tests.peft_files.trees import LINEAR, assert_same, lora, merged, nested, noise
+from tests.peft_files.trees import LINEAR, assert_same, flat, lora, merged, nested, noise
 
 CONV = jlora.Axes((1, 2, 3), (0,))  # PyTorch's (out, in, height, width)
 
@@ -106,3 +107,37 @@ def test_stacked_experts_of_a_model(tmp_path):
     shapes = jax.eval_shape(lambda: params)
     again = jlora.peft.from_safetensors(tmp_path, like=shapes, names=names)
     np.testing.assert_array_equal(again["experts"]["up"], params["experts"]["up"])
+
+
+@pytest.mark.parametrize("sizes", [(6, 5), (6, 6)])
+def test_a_module_that_is_saved_whole(sizes, tmp_path):
+    """Onto a Flax kernel, square or not: (in, out), where PyTorch has (out, in)."""
+    outs, ins = sizes
+    state = {"q_proj.weight": noise(6, 8), "head.weight": noise(outs, ins), "head.bias": noise(outs)}
+    tree = nested(state | {"q_proj.weight": lora(state["q_proj.weight"])})
+    tree["head"] = {name: jlora.TrainableParam(jnp.asarray(noise(*x.shape))) for name, x in tree["head"].items()}
+    jlora.peft.save(tmp_path, tree)
+    kernels = {"q_proj": {"kernel": state["q_proj.weight"].T}}
+    params = kernels | {"head": {"kernel": state["head.weight"].T, "bias": state["head.bias"]}}
+    names = [("q_proj", "q_proj/kernel"), ("head", "head/kernel")]
+    found = jlora.peft.load(tmp_path, params, names=names)
+    np.testing.assert_array_equal(found["head"]["kernel"].base, np.asarray(tree["head"]["weight"].base).T)
+    np.testing.assert_array_equal(found["head"]["bias"].base, tree["head"]["bias"].base)
+    wrong = kernels | {"head": {"kernel": noise(ins + 1, outs), "bias": state["head.bias"]}}
+    told = rf"head of shape \({outs}, {ins}\) does not fit head/kernel of shape \({ins + 1}, {outs}\); the map"
+    with pytest.raises(ValueError, match=told):
+        jlora.peft.load(tmp_path, wrong, names=names)
+
+
+@pytest.mark.parametrize("is_flax", [False, True])
+def test_convolutions_of_a_model(is_flax, tmp_path):
+    """PyTorch's (out, in, height, width) from a leaf like it, or from Flax's (height, width, in, out), and back."""
+    weight, head = noise(6, 4, 3, 2), noise(5, 6)
+    params, names = {"conv": {"weight": weight}, "head": {"weight": head}}, None
+    if is_flax:
+        params = {"conv": {"kernel": weight.transpose(2, 3, 1, 0)}, "head": {"kernel": head.T}}
+        names = [("conv", "conv/kernel"), ("head", "head/kernel")]
+    jlora.peft.to_safetensors(params, tmp_path, names=names)
+    np.testing.assert_array_equal(safetensors.numpy.load_file(tmp_path / "model.safetensors")["conv.weight"], weight)
+    again = jlora.peft.from_safetensors(tmp_path, like=jax.eval_shape(lambda: params), names=names)
+    assert_same(flat(again), flat(params), atol=0)
