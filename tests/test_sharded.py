@@ -58,3 +58,24 @@ def test_a_mapped_product_in_a_loop_over_a_quantised_stack(view):
     merged = lambda p, x: plain(jlora.merge(p, dtype=jnp.float32), x)
     run = jax.jit(lambda p, x: (jlora.apply(fn, fallback="error")(p, x), merged(p, x)))
     assert error(*run(params, noise(4, 64))) <= 2e-5
+
+
+@pytest.mark.parametrize("is_tiled", [True, False])
+@pytest.mark.parametrize("tile", [32, None], ids=["scales by rows", "scales for all rows"])
+def test_a_quantised_kernel_is_gathered_in_a_mapped_function(tile, is_tiled):
+    """Its codes, and those of its scales that are split."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(w, x):
+        whole = lax.all_gather(w, "data", tiled=is_tiled)
+        return x @ (whole if is_tiled else whole.reshape(64, 8))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"), check_vma=False)
+    rng = np.random.default_rng(0)
+    noise = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    axes = {"w": jlora.Axes((0,), (1,))}
+    base = jlora.quant.quantize({"w": noise(64, 8)}, "int8", targets="w", axes=axes, tile=tile)
+    params, x = randomised(jlora.wrap(base, jlora.LoraSpec(targets="w", axes=axes, rank=2))), noise(4, 64)
+    run = jlora.apply(lambda p, x: mapped(p["w"], x), fallback="ignore")
+    merged = lambda p, x: x @ jlora.merge(p, dtype=jnp.float32)["w"]
+    assert error(*jax.jit(lambda p, x: (run(p, x), merged(p, x)))(params, x)) <= 2e-5
