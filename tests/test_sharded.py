@@ -70,7 +70,7 @@ def test_a_quantised_kernel_is_gathered_in_a_mapped_function(tile, is_tiled):
         whole = lax.all_gather(w, "data", tiled=is_tiled)
         return x @ (whole if is_tiled else whole.reshape(64, 8))
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"), check_vma=False)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
     rng = np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     axes = {"w": jlora.Axes((0,), (1,))}
