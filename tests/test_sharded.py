@@ -60,22 +60,32 @@ def test_a_mapped_product_in_a_loop_over_a_quantised_stack(view):
     assert error(*run(params, noise(4, 64))) <= 2e-5
 
 
-@pytest.mark.parametrize("is_tiled", [True, False])
-@pytest.mark.parametrize("tile", [32, None], ids=["scales by rows", "scales for all rows"])
-def test_a_quantised_kernel_is_gathered_in_a_mapped_function(tile, is_tiled):
-    """Its codes, and those of its scales that are split."""
+def gathered(w, x):
+    return x @ lax.all_gather(w, "data", tiled=True)
+
+
+def stacked(w, x):
+    return x @ lax.all_gather(w, "data").reshape(64, 8)
+
+
+def handed_on(w, x):
+    return x[:, :32] @ lax.ppermute(w, "data", [(0, 1), (1, 0)])
+
+
+@pytest.mark.parametrize("local", [gathered, stacked, handed_on])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("tile", [32, None, 0], ids=["scales by rows", "scales for all rows", "dense"])
+def test_a_split_kernel_goes_to_other_devices(local, check_vma, tile):
+    """Its codes, its scales and its factors, of which some are split and others are everywhere the same."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def local(w, x):
-        whole = lax.all_gather(w, "data", tiled=is_tiled)
-        return x @ (whole if is_tiled else whole.reshape(64, 8))
-
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    specs = {"in_specs": (P("data"), P("data")), "out_specs": P("data")}
+    mapped = jax.shard_map(local, mesh=mesh, check_vma=check_vma, **specs)
     rng = np.random.default_rng(0)
     noise = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    axes = {"w": jlora.Axes((0,), (1,))}
-    base = jlora.quant.quantize({"w": noise(64, 8)}, "int8", targets="w", axes=axes, tile=tile)
-    params, x = randomised(jlora.wrap(base, jlora.LoraSpec(targets="w", axes=axes, rank=2))), noise(4, 64)
-    run = jlora.apply(lambda p, x: mapped(p["w"], x), fallback="ignore")
-    merged = lambda p, x: x @ jlora.merge(p, dtype=jnp.float32)["w"]
-    assert error(*jax.jit(lambda p, x: (run(p, x), merged(p, x)))(params, x)) <= 2e-5
+    params, axes = {"w": noise(64, 8)}, {"w": jlora.Axes((0,), (1,))}
+    if tile != 0:
+        params = jlora.quant.quantize(params, "int8", targets="w", axes=axes, tile=tile)
+    tree, x = randomised(jlora.wrap(params, jlora.LoraSpec(targets="w", axes=axes, rank=2))), noise(4, 64)
+    run = lambda w, x: mapped(w["w"], x)
+    both = lambda p, x: (jlora.apply(run, fallback="ignore")(p, x), run(jlora.merge(p, dtype=jnp.float32), x))
+    assert error(*jax.jit(both)(tree, x)) <= 2e-5

@@ -13,6 +13,11 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def same_everywhere(x: Any, beside: Any, over: set[str]) -> bool:
+    """Whether an array is known to be the same along mesh axes along which the one beside it may differ."""
+    return bool(varying(beside)) and not varying(x) & over
+
+
 def split_axes(whole: Any, of: Any, what: str) -> tuple[str, ...]:
     """The mesh axes along which `of` is split and `whole` is not.
 

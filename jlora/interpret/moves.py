@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jlora.interpret import compat
 from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import Interpreter
-from jlora.interpret.manual import varying
+from jlora.interpret.manual import same_everywhere, varying
 from jlora.interpret.places import names, of_factor
 from jlora.interpret.quantised import bound, codes_of
 
@@ -39,8 +39,13 @@ def _moved(weight: Tracked, factor: Any, sharding: NamedSharding, move: Callable
 def all_gather(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     """Put together from the shards of a mesh axis: so are the factors that are split along it."""
     axis, over = eqn.params["all_gather_dimension"], {*names(eqn.params["axis_name"])}
-    gathers = lambda factor: _is_split(weight, factor, axis, over) if eqn.params["tiled"] else True
-    gathered = lambda factor: compat.bind(eqn, [factor]) if gathers(factor) else factor
+
+    def gathered(factor: Any) -> Any:
+        if eqn.params["tiled"]:
+            return compat.bind(eqn, [factor]) if _is_split(weight, factor, axis, over) else factor
+        is_same = same_everywhere(factor, codes_of(weight.base), over)
+        return lax.expand_dims(factor, [axis]) if is_same else compat.bind(eqn, [factor])
+
     return weight.view(bound(eqn, [weight.base]), gathered)
 
 
@@ -52,8 +57,11 @@ def _is_split(weight: Tracked, factor: Any, axis: int, over: set[str]) -> bool:
 
 
 def ppermute(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    """Handed on to other devices, with all of its factors."""
-    return weight.view(bound(eqn, [weight.base]), lambda x: compat.bind(eqn, [x]))
+    """Handed on to other devices, with those of its factors that differ from one to the other."""
+    over = {*names(eqn.params["axis_name"])}
+    is_same = lambda factor: same_everywhere(factor, codes_of(weight.base), over)
+    handed = lambda factor: factor if is_same(factor) else compat.bind(eqn, [factor])
+    return weight.view(bound(eqn, [weight.base]), handed)
 
 
 MOVES = {

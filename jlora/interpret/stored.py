@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret import compat
-from jlora.interpret.manual import varying
+from jlora.interpret.manual import same_everywhere, varying
 from jlora.interpret.places import entries, names
 
 
@@ -196,12 +196,19 @@ def all_gather(eqn: Any, stored: Any) -> list[Any] | None:
     axis, over = eqn.params["all_gather_dimension"], {*names(eqn.params["axis_name"])}
 
     def change(x: Any) -> Any:
-        is_shared = x.shape[axis] == 1 < stored.shape[axis] and not varying(x) & over
-        if not eqn.params["tiled"] or not is_shared:
-            return compat.bind(eqn, [x])
-        return x if varying(stored.qvalue) else None
+        if not eqn.params["tiled"]:
+            return lax.expand_dims(x, [axis]) if same_everywhere(x, stored.qvalue, over) else compat.bind(eqn, [x])
+        if x.shape[axis] == 1 < stored.shape[axis] and not varying(x) & over:
+            return x if varying(stored.qvalue) else None
+        return compat.bind(eqn, [x])
 
     return mapped(stored, change)
+
+
+def ppermute(eqn: Any, stored: Any) -> list[Any] | None:
+    """Handed on to other devices; scales that all of them have stay."""
+    over = {*names(eqn.params["axis_name"])}
+    return mapped(stored, lambda x: x if same_everywhere(x, stored.qvalue, over) else compat.bind(eqn, [x]))
 
 
 def joined(eqn: Any, *pieces: Any) -> list[Any] | None:
@@ -212,7 +219,7 @@ def joined(eqn: Any, *pieces: Any) -> list[Any] | None:
 
 
 STORED: dict[str, Callable[..., list[Any] | None]] = {
-    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "ppermute", "transpose", "squeeze"), each),
+    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast", "transpose", "squeeze"), each),
     "slice": slice_,
     "split": split,
     "unstack": unstack,
@@ -223,6 +230,7 @@ STORED: dict[str, Callable[..., list[Any] | None]] = {
     "reshard": reshard,
     "sharding_constraint": sharding_constraint,
     "all_gather": all_gather,
+    "ppermute": ppermute,
     "concatenate": joined,
     "stack": joined,
 }
