@@ -217,12 +217,18 @@ class Cover:
         lines, mask = self.lines.get(mutant["file"], {}), 0
         for line in mutant["lines"]:
             mask |= lines.get(line, 0)
+        room, is_data = Path(mutant["file"]).parts[1].removesuffix(".py"), False
         if self.imported.get(mutant["file"], set()) & set(mutant["lines"]):
-            for of_line in lines.values():
-                mask |= of_line
-            mask = mask or (1 << len(self.tests)) - 1  # such as a module of constants
-        found = [test for test, bit in zip(self.tests, reversed(f"{mask:b}"), strict=False) if bit == "1"]
-        return in_order(found, room=Path(mutant["file"]).parts[1].removesuffix(".py"))
+            mask, is_data = self.of_file(mutant["file"]), True  # a constant is read by tests that execute no line of it
+        marked = zip(self.tests, reversed(f"{mask:b}".zfill(len(self.tests))), strict=True)
+        return in_order([test for test, bit in marked if bit == "1" or (is_data and room in file_of(test))], room)
+
+    def of_file(self, file: str) -> int:
+        """The tests that execute any line of a file; all, if there are none."""
+        mask = 0
+        for of_line in self.lines.get(file, {}).values():
+            mask |= of_line
+        return mask or (1 << len(self.tests)) - 1
 
 
 def in_order(tests: list[list], room: str = "") -> list[list]:
