@@ -73,6 +73,9 @@ def test_a_table_and_its_head_swapped(tmp_path):
     state = {"embed_tokens.weight": noise(10, 8), "lm_head.weight": noise(10, 8)}
     axes = {"embed_tokens": jlora.Axes((0,), (1,)), "lm_head": LINEAR}
     expected = merged(save(tmp_path, state, **axes))
+    keys = {*safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")}
+    assert {key.rpartition(".lora_")[2] for key in keys if "embed_tokens" in key} == {"embedding_A", "embedding_B"}
+    assert {key.rpartition(".lora_")[2] for key in keys if "lm_head" in key} == {"A.weight", "B.weight"}
     assert_same(merged(jlora.peft.load(tmp_path, nested(state))), expected)
     assert np.abs(expected["embed_tokens.weight"] - expected["lm_head.weight"]).max() > 0.1
 
