@@ -291,6 +291,12 @@ def test_an_unknown_setting_names_the_nearest():
         LoraSpec.from_dict({"tragets": "query"})
 
 
+def test_pefts_names_are_known():
+    names = "r lora_alpha lora_dropout target_modules target_parameters exclude_modules modules_to_save rank_pattern"
+    names += " layers_to_transform layers_pattern alpha_pattern trainable_token_indices init_lora_weights use_rslora"
+    assert {*PEFT_NAMES} == {*names.split(), "use_dora"}
+
+
 HINTS = {name: f"PEFT's {name} is {ours} here" for name, ours in PEFT_NAMES.items()} | {"rnk": "did you mean 'rank'"}
 
 
