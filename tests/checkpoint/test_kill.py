@@ -10,7 +10,9 @@ from tests.processes import Job
 
 
 def numbers(printed, word):
-    return [int(line.split()[1]) for line in printed.splitlines() if line.startswith(word)]
+    """Of whole lines: the kill may have cut the last one."""
+    lines = printed.splitlines(keepends=True)
+    return [int(line.split()[1]) for line in lines if line.startswith(word) and line.endswith("\n")]
 
 
 @pytest.mark.slow
