@@ -30,11 +30,14 @@ def randomised(tree: Any, std: float = 0.3) -> Any:
     return jlora.combine(filled(trainable, std), frozen)
 
 
-def adapted(program: Program) -> Any:
-    """The program's parameters, wrapped, with random adapters: the plan of `wrap`, filled, so that nothing is drawn."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.params)
-    trainable, frozen = jlora.partition(jlora.wrap(shapes, spec_of(program)))
-    bases = jax.tree.unflatten(jax.tree.structure(frozen), jax.tree.leaves(program.params))
+def adapted(program: Program, base: Any = None) -> Any:
+    """The program's parameters, or a base of few bits in their place, wrapped, with random adapters.
+
+    It is the plan of `wrap`, filled, so that nothing is drawn.
+    """
+    base = program.params if base is None else base
+    trainable, frozen = jlora.partition(jlora.wrap(jax.eval_shape(lambda: base), spec_of(program)))
+    bases = jax.tree.unflatten(jax.tree.structure(frozen), jax.tree.leaves(base))
     return jlora.combine(filled(trainable), bases)
 
 

@@ -23,10 +23,13 @@ def save(directory, state, **axes):
     return tree
 
 
-@pytest.mark.parametrize("is_flax", [False, True])
-def test_convolutions(is_flax, tmp_path):
-    """Onto PyTorch's own layout and onto Flax's (height, width, in, out); PEFT's A keeps the window."""
-    state = {"conv.weight": noise(6, 4, 3, 2), "head.weight": noise(5, 6)}
+@pytest.mark.parametrize("is_flax, channels", [(False, 4), (True, 4), (True, 1)])
+def test_convolutions(is_flax, channels, tmp_path):
+    """Onto PyTorch's own layout and onto Flax's (height, width, in, out); PEFT's A keeps the window.
+
+    Of one channel alone, sizes would allow that its axis is an out axis too.
+    """
+    state = {"conv.weight": noise(6, channels, 3, 2), "head.weight": noise(5, 6)}
     expected = merged(save(tmp_path, state, conv=CONV))
     if not is_flax:
         assert_same(merged(jlora.peft.load(tmp_path, nested(state))), expected)

@@ -10,7 +10,7 @@ import pytest
 import jlora
 from tests.models import MODELS
 from tests.programs import PROGRAMS
-from tests.support import error, exactly, randomised, same_bits, spec_of
+from tests.support import adapted, error, exactly, same_bits, spec_of
 from tests.test_zoo import total
 
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
@@ -58,12 +58,6 @@ def test_laws(name):
     assert program.factored == (not fell_back), fell_back
     assert jax.tree.structure(alone[0]) == jax.tree.structure(alone[1])
     assert error(*alone) <= program.tolerance
-
-
-def adapted(program, base):
-    """The base with random adapters, by the plan of `wrap`: nothing is drawn by JAX."""
-    trainable, frozen = jlora.partition(jlora.wrap(jax.eval_shape(lambda: base), spec_of(program)))
-    return randomised(jlora.combine(trainable, jax.tree.unflatten(jax.tree.structure(frozen), jax.tree.leaves(base))))
 
 
 def on_adapters(program, tree):
