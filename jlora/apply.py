@@ -18,12 +18,13 @@ from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored, plain
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.quantised import Quantised, shape_of
+from jlora.interpret.traced import traced
 from jlora.interpret.views import VIEWS
 from jlora.nodes.checks import check_fit, check_value
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import is_node, is_unit
 from jlora.nodes.qarray import is_qarray
-from jlora.targets.paths import checked_key, flatten, refill
+from jlora.targets.paths import checked_key, flatten, in_order_of, refill
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array
@@ -101,8 +102,7 @@ def run_on_wrapped(
     if not places:
         return fn(*args, **kwargs)
     for i in places:
-        if is_node(leaves[i]):
-            check_fit("apply", _inside(paths[i]), leaves[i])
+        _check(_inside(paths[i]), leaves[i])
     if freeze:
         leaves = _frozen((args, kwargs), leaves)
     values = [_value(_inside(paths[i]), leaves[i], _key(rng, paths[i], leaves[i]), native_dots) for i in places]
@@ -110,17 +110,29 @@ def run_on_wrapped(
     result: list[Any] = []
 
     def on_bases(bases: list[Any]) -> list[Any]:
-        args, kwargs = arguments_of(bases)
-        outputs, outdef = jax.tree.flatten(fn(*args, **kwargs))
-        result[:] = [[_COMPUTED if isinstance(x, jax.Array) else x for x in outputs], outdef]
+        args, kwargs = in_order_of(arguments_of(bases), given)
+        returned = fn(*args, **kwargs)
+        outputs, outdef = jax.tree.flatten(returned)
+        kept = [_COMPUTED if isinstance(x, jax.Array) else x for x in outputs]
+        result[:] = [kept, outdef, in_order_of(outdef.unflatten(kept), returned)]
         return [x for x in outputs if isinstance(x, jax.Array)]
 
     bases = [shape_of(v.base) if isinstance(v, Factored) else v for v in values]
-    jaxpr = jax.make_jaxpr(on_bases)(bases)
-    outputs, outdef = result
+    given = args, kwargs
+    jaxpr = traced("jlora.apply", on_bases, fn, [_inside(paths[i]) for i in places], bases)
     arrays = interpreter.arrays(interpreter.run(jaxpr, values), None, "the function returns it")
     computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
-    return outdef.unflatten([next(computed) if x is _COMPUTED else x for x in outputs])
+    kept, outdef, ordered = result
+    return in_order_of(outdef.unflatten([next(computed) if x is _COMPUTED else x for x in kept]), ordered)
+
+
+def _check(path: str, leaf: Any) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
+        raise ValueError(
+            f"apply: {path} is a plan, without values; jax.eval_shape(jlora.apply(fn), params, ...) takes such a tree"
+        )
+    if is_node(leaf):
+        check_fit("apply", path, leaf)
 
 
 def _value(path: str, leaf: Any, key: Any, native: bool) -> Any:

@@ -15,7 +15,7 @@ from jlora.nodes.makers import Makers
 from jlora.nodes.node import AdaptedParam, TrainableParam, is_node, is_unit
 from jlora.nodes.qarray import codes
 from jlora.spec import LoraSpec
-from jlora.targets.paths import checked_key, flatten
+from jlora.targets.paths import checked_key, flatten_named
 from jlora.targets.plan import Adapted, Becomes, InFull, WithBias, WithRows, resolve
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.tokens import TokensParam
@@ -39,7 +39,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
       lora_b (batch..., rank, out...).
 
     Raises:
-      ValueError: if a pattern matches nothing, a kernel's axes are ambiguous, its type is no floating one, the rank is
+      ValueError: if a pattern matches nothing, two leaves have one path, a kernel's axes are ambiguous, its type is no floating one, the rank is
         larger than the kernel, or the variant does not have such a use of a kernel.
       TypeError: if the tree is wrapped already.
 
@@ -55,7 +55,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     """
     if not isinstance(spec, LoraSpec):
         raise TypeError(f"wrap: spec must be a jlora.LoraSpec, found {type(spec).__name__}")
-    paths, leaves, treedef = flatten(params, is_unit)
+    paths, leaves, treedef = flatten_named("wrap", params, is_unit)
     _check_plain(paths, leaves)
     plan = resolve(params, dict(zip(paths, leaves, strict=True)), spec, sites)
     root = jax.random.key(spec.seed) if key is None else checked_key("wrap: key", key)

@@ -42,7 +42,8 @@ def _where(text: str, role: str) -> tuple[int, ...]:
 def filled(shapes: Any, name: str) -> Any:
     """Gives every leaf numbers from the name: small noise to kernels, values near one to vectors (scales, biases)."""
     rng = np.random.default_rng(list(name.encode()))
-    return jax.tree.map(lambda leaf: 0.4 * noise(rng, leaf.shape) + float(leaf.ndim == 1), shapes)
+    number = lambda leaf: 0.2 * rng.standard_normal(leaf.shape) + float(leaf.ndim == 1)
+    return jax.tree.map(lambda leaf: jnp.asarray(number(leaf).astype(np.float32)), shapes)
 
 
 def inputs(*shape: int) -> jax.Array:

@@ -88,7 +88,7 @@ def roles_of(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def noise(rng: np.random.Generator, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
+    return jnp.asarray((0.5 * rng.standard_normal(shape)).astype(np.float32))
 
 
 def nest(leaves: dict[str, Any]) -> Any:

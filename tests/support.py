@@ -45,7 +45,7 @@ def filled(trainable: Any, std: float = 0.3) -> Any:
     """A tree of arrays, or of shapes, with normal noise in their places."""
     leaves, treedef = jax.tree.flatten(trainable)
     rng = np.random.default_rng(0)
-    return treedef.unflatten([jnp.asarray(rng.normal(scale=std, size=x.shape), x.dtype) for x in leaves])
+    return treedef.unflatten([jnp.asarray(rng.normal(scale=std, size=x.shape).astype(x.dtype)) for x in leaves])
 
 
 def floats(tree: Any) -> list[np.ndarray]:

@@ -30,9 +30,9 @@ def invars(jaxpr: Any) -> list[Any]:
     return list(jaxpr.all_invars) if hasattr(jaxpr, "all_invars") else [*jaxpr.constvars, *jaxpr.invars]
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> Any:
-    """Evaluates an equation as JAX would."""
-    return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+def bind(eqn: Any, values: Sequence[Any], **changes: Any) -> Any:
+    """Evaluates an equation as JAX would, or one that differs in some of its parameters."""
+    return eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params | changes))
 
 
 def scan_parts(params: dict[str, Any], values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:

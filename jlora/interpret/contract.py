@@ -7,18 +7,21 @@ end in `factored_product`, the one place that decides how the path is computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jlora.interpret import compat
 from jlora.interpret.ends import Ends
 from jlora.interpret.factored import Factored, Tracked, product, scaled_by, whole
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.lookup import Lookup
 from jlora.interpret.manual import varying
-from jlora.interpret.products import Labels, cast, contract, placed_as, scaled, swapped
+from jlora.interpret.products import Labels, cast, computing, contract, placed_as, scaled, swapped
 from jlora.interpret.quantised import array_of, bound
 
 
@@ -37,16 +40,30 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     ends = Ends.of(weight, ws, xs, out)
     if ends is None:
         return DECLINED
-    given, x = x, ends.before(x)
+    dtype = computing(x.dtype, weight.base.dtype)
+    given, x = x, ends.before(x, dtype)
     aside = interpreter.aside(eqn.invars[is_left], x) if weight.pair and x is given else x  # before the base's product
     y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
     interpreter.factored(weight, eqn, "dot")
     if weight.pair:
-        precision = eqn.params["precision"]
+        precision = _precision(eqn, dtype)
         settings = {"precision": swapped(precision) if is_left else precision}
-        z = factored_product(aside, xs, weight, ws, out, preferred=eqn.params["preferred_element_type"], **settings)
+        z = factored_product(cast(aside, dtype), xs, weight, ws, out, preferred=_preferred(eqn), **settings)
         y = _added(y, cast(z, y.dtype))
     return ends.after(y)
+
+
+def _preferred(eqn: Any) -> Any:
+    """The type that an equation's own sums have, if that is one to compute in."""
+    given = eqn.params["preferred_element_type"]
+    return None if given is None else computing(given)
+
+
+def _precision(eqn: Any, dtype: Any) -> Any:
+    """The precision of an equation, for products of this type; an algorithm for other types is none for them."""
+    given = eqn.params["precision"]
+    is_same = all(atom.aval.dtype == dtype for atom in eqn.invars[:2])
+    return given if is_same or isinstance(given, (tuple, lax.Precision)) else None
 
 
 def _added(y: Any, z: Any) -> Any:
@@ -73,14 +90,14 @@ def factored_product(
 ) -> Any:
     """s (x . a) . b, or s (x . b) . a where b has the contracted axes: broadcastable to the result's shape.
 
-    Computed in the dtype of the activations; the scale is put on the small middle tensor.
+    Computed in the dtype of x; the scale is put on the small middle tensor.
     """
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else weight.base.dtype
+    dtype = x.dtype
     over = {label for label in ws if label not in out}
     pair: Any = weight.pair
     first, second = sorted(pair, key=lambda f: -_extent(weight, f, ws, over))
     ones, twos = (tuple(ws[axis] for axis in weight.owned(f)) for f in (first, second))
-    x = dropped(cast(x, dtype), weight)
+    x = dropped(x, weight)
     middle = tuple(label for label in (*xs, *ones) if label in twos or label in out)
     middle = (*dict.fromkeys(middle), "rank")
     h = contract(x, xs, cast(whole(weight, first), dtype), (*ones, "rank"), middle, precision=precision,
@@ -115,57 +132,63 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     """Rows looked up: W[i] + s a[i] . b. An index into a batch or an out axis picks among whole weights."""
     if not isinstance(weight, Factored) or isinstance(indices, Tracked):
         return DECLINED
-    numbers = eqn.params["dimension_numbers"]
-    looked_up, stacked = set(numbers.start_index_map), set(numbers.operand_batching_dims)
-    owned = [set(weight.owned(factor)) for factor in weight.factors]
-    touched = [looked_up <= mine and stacked <= mine for mine in owned]
-    if any(looked_up & mine and not touch for mine, touch in zip(owned, touched, strict=True)) or weight.turns:
+    lookup = Lookup(eqn.params, tuple(weight.base.shape), len(eqn.outvars[0].aval.shape))
+    if weight.turns and not (weight.turned_axis is not None and lookup.is_whole(weight.turned_axis)):
         return DECLINED
     rows = bound(eqn, [weight.base, indices])
-    take = lambda factor, touch: (_taken if touch else _spread)(eqn.params, weight, factor, indices, rows.ndim)
-    picked = weight.replace(base=rows, factors=tuple(map(take, weight.factors, touched)))
-    if not weight.roles:
-        return picked
-    # A gain alone scales whole rows, or columns; one that has both is that of the weights among which this chooses.
-    is_lookup = touched[0] and not touched[1] if weight.pair else not touched[0] or owned[0] <= looked_up
-    if not is_lookup:
+    factors = tuple(lookup.taken(factor, weight.owned(factor), indices) for factor in weight.factors)
+    picked = weight.replace(base=rows, factors=factors)
+    if lookup.may_fill:
+        picked = _unfilled(picked, weight, lookup, indices)
+    if not _gives_rows(weight, lookup):
         return picked
     interpreter.factored(weight, eqn, "embedding")
     rows = array_of(rows)
     if pair := picked.pair:
-        a, b = (factor.astype(rows.dtype) for factor in pair)
-        rows = rows + product(picked, a * weight.scale, b).astype(rows.dtype)
+        dtype = computing(rows.dtype)
+        a, b = (cast(factor, dtype) for factor in pair)
+        rows = cast(cast(rows, dtype) + cast(product(picked, a * picked.scale, b), dtype), rows.dtype)
     labels = tuple(range(rows.ndim))
-    if weight.gain is None:
+    if picked.gain is None:
         return rows
     return scaled_by(rows, labels, whole(picked, picked.gain)[..., 0], picked.owned(picked.gain))
 
 
-def _taken(params: dict[str, Any], weight: Factored, factor: Any, indices: Any, ndim: int) -> Any:
-    """The rows of a factor that has the axes that are looked up."""
-    numbers = params["dimension_numbers"]
-    owned = weight.owned(factor)
-    sizes = [n if axis in owned else 1 for axis, n in enumerate(params["slice_sizes"])]
-    rank_last = numbers._replace(offset_dims=(*numbers.offset_dims, ndim))
-    return lax.gather(
-        factor, indices, rank_last, (*sizes, factor.shape[-1]), mode=params["mode"], fill_value=0,
-        unique_indices=params["unique_indices"], indices_are_sorted=params["indices_are_sorted"],
-    )  # fmt: skip
+def _gives_rows(weight: Factored, lookup: Lookup) -> bool:
+    """Whether a lookup is one in a table: all in axes are looked up. Else it chooses among weights, or views one."""
+    if not weight.roles or weight.turns or not lookup.picked:
+        return False
+    first, *others = (set(weight.owned(factor)) for factor in weight.factors)
+    moving = lookup.moving - lookup.stacked
+    if weight.pair:
+        return first <= lookup.picked | lookup.stacked and not moving & others[0]
+    # A gain alone scales whole rows, or columns; one that has both is that of the weights among which this chooses.
+    return not moving & first or first <= lookup.picked
 
 
-def _spread(params: dict[str, Any], weight: Factored, factor: Any, _: Any, ndim: int) -> Any:
-    """A factor that the lookup does not touch, its axes where the result has them."""
-    numbers = params["dimension_numbers"]
-    offsets, stacked = numbers.offset_dims, numbers.operand_batching_dims
-    kept = [axis for axis in range(weight.ndim) if axis not in (*numbers.collapsed_slice_dims, *stacked)]
-    places = [place for place in range(ndim) if place not in offsets]  # those of the axes of the indices
-    where = dict(zip(kept, offsets, strict=True))
-    where |= {axis: places[i] for axis, i in zip(stacked, numbers.start_indices_batching_dims, strict=True)}
-    order = sorted(where, key=where.__getitem__)
-    gone = [axis for axis in range(weight.ndim) if axis not in where]
-    ordered = lax.transpose(factor, (*order, *gone, weight.ndim))
-    sizes = dict.fromkeys(range(ndim), 1) | {where[axis]: factor.shape[axis] for axis in order}
-    return ordered.reshape(*sizes.values(), factor.shape[-1])
+def _unfilled(picked: Factored, weight: Factored, lookup: Lookup, indices: Any) -> Factored:
+    """The weights looked up, where rows out of bounds are the function's own value and nothing adapts it."""
+    inside = lookup.is_inside(indices)[..., None]
+    is_zero = any({*lookup.numbers.start_index_map} <= {*weight.owned(factor)} for factor in weight.pair or ())
+
+    def unfilled(factor: Any, role: str, stride: int | None) -> Any:
+        if role == "gain":
+            return jnp.where(inside, factor, 1)
+        if role == "turn":
+            return jnp.where(inside, factor, lookup.taken(*_no_turn(weight, factor.shape[-1], stride or 1), indices))
+        return jnp.where(inside, factor, 0) if role == "a" and not is_zero else factor
+
+    strides = iter(weight.strides)
+    steps = [next(strides) if role == "turn" else None for role in weight.roles]
+    return picked.replace(factors=tuple(map(unfilled, picked.factors, weight.roles, steps)))
+
+
+def _no_turn(weight: Factored, size: int, stride: int) -> tuple[Any, tuple[int, ...]]:
+    """The rows of the identity, as those of a turn, and the axis that they own."""
+    axis = weight.turned_axis or 0
+    n = weight.base.shape[axis]
+    rows = np.eye(size, dtype=np.float32)[np.arange(n) // stride % size]
+    return jnp.asarray(rows.reshape([n if i == axis else 1 for i in range(weight.ndim)] + [size])), (axis,)
 
 
 def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
@@ -182,7 +205,7 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
     ends = Ends.of(weight, ws, xs, out)
     if not is_plain or ends is None or not (weight.pair is None or _is_conv_pair(weight, features)):
         return DECLINED
-    x = ends.before(x)
+    x = ends.before(x, computing(x.dtype, weight.base.dtype))
     y = bound(eqn, [x, weight.base])
     interpreter.factored(weight, eqn, "conv")
     if weight.pair:
@@ -197,14 +220,18 @@ def _is_conv_pair(weight: Factored, features: int) -> bool:
 
 
 def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int) -> Any:
-    a, b = weight.pair  # type: ignore[misc]
-    h = compat.bind(eqn, [dropped(x, weight), _rank_at(a, features).astype(x.dtype)])
-    h = cast(scaled(tapped(h, weight), weight.scale), x.dtype)
-    b = b.reshape(-1, b.shape[-1]).astype(x.dtype)
+    dtype = computing(x.dtype, weight.base.dtype)
+    a, b = (cast(factor, dtype) for factor in weight.pair)  # type: ignore[union-attr]
+    settings = {"precision": _precision(eqn, dtype), "preferred": _preferred(eqn)}
+    h = _bind(eqn, [dropped(cast(x, dtype), weight), _rank_at(a, features)], **settings)
+    h = cast(scaled(tapped(h, weight), weight.scale), dtype)
     labels = tuple(range(h.ndim))
     out = tuple("out" if label == axis else label for label in labels)
-    return contract(h, labels, b, ("out", axis), out, precision=eqn.params["precision"],
-                    preferred=eqn.params["preferred_element_type"])  # fmt: skip
+    return contract(h, labels, b.reshape(-1, b.shape[-1]), ("out", axis), out, **settings)
+
+
+def _bind(eqn: Any, values: Sequence[Any], *, precision: Any, preferred: Any) -> Any:
+    return compat.bind(eqn, values, precision=precision, preferred_element_type=preferred)
 
 
 def _rank_at(factor: Any, axis: int) -> Any:
@@ -225,27 +252,27 @@ def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_si
     fits = own[:2] == [{*over}, {out}] if weight.pair else True
     if not is_plain or not fits or (weight.gain is not None and len(own[-1]) > 1):
         return DECLINED
-    by_group = lambda rows, factor, axis: _ragged(eqn, rows, factor, axis, groups[0], group_sizes)
+    dtype = computing(x.dtype, weight.base.dtype)
+    by_group = lambda rows, factor, axis: _ragged(eqn, cast(rows, dtype), factor, axis, groups[0], group_sizes)
     if weight.gain is not None and own[-1] == {*over}:
-        x = _scaled_rows(x, weight, groups[0], group_sizes)
+        x = _scaled_rows(cast(x, dtype), weight, groups[0], group_sizes)
     y = bound(eqn, [x, weight.base, group_sizes])
     interpreter.factored(weight, eqn, "ragged_dot")
     if pair := weight.pair:
-        h = tapped(by_group(dropped(x, weight), pair[0], out), weight)
-        h = cast(scaled(h, weight.scale), x.dtype)
-        y = y + by_group(h, pair[1], over[0]).astype(y.dtype)
+        h = tapped(by_group(dropped(cast(x, dtype), weight), pair[0], out), weight)
+        y = y + cast(by_group(scaled(h, weight.scale), pair[1], over[0]), y.dtype)
     return y if weight.gain is None or own[-1] == {*over} else _scaled_rows(y, weight, groups[0], group_sizes)
 
 
 def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes: Any) -> Any:
     """A product of rows with a factor whose rank takes the place of `axis`; all groups may share it."""
     factor = cast(_rank_at(factor, axis), rows.dtype)
+    settings = {"precision": _precision(eqn, rows.dtype), "preferred": _preferred(eqn)}
     if factor.shape[group] == group_sizes.shape[0]:
-        return compat.bind(eqn, [rows, factor, group_sizes])
+        return _bind(eqn, [rows, factor, group_sizes], **settings)
     order = [group, *eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]]
     matrix = lax.transpose(factor, [*order, *({0, 1, 2} - {*order})])[0]
-    return lax.dot(rows, matrix, precision=eqn.params["precision"],
-                   preferred_element_type=eqn.params["preferred_element_type"])  # fmt: skip
+    return lax.dot(rows, matrix, precision=settings["precision"], preferred_element_type=settings["preferred"])
 
 
 def _scaled_rows(x: Any, weight: Factored, group: int, group_sizes: Any) -> Any:

@@ -96,6 +96,8 @@ def scan(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
     params = eqn.params
     jaxpr, length = params["jaxpr"], params["length"]
     consts, init, xs = compat.scan_parts(params, values)
+    whole = lambda x: interpreter.densify(x, eqn, "the loop takes the axis apart on which it is rotated")
+    xs = [whole(x) if _is_rotated(x) else x for x in xs]
     carry = _Carry(interpreter, eqn, jaxpr, init, offset=len(consts))
     stacked = [_Stacked(x, length) if isinstance(x, Tracked) else x for x in xs]
     slices = [x.slices if isinstance(x, _Stacked) else x for x in stacked]
@@ -119,6 +121,11 @@ def scan(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
     made = iter(ys)
     count = len(eqn.outvars) - carry.size
     return [*carry.whole(final), *(returned[i] if i in returned else next(made) for i in range(count))]
+
+
+def _is_rotated(value: Any) -> bool:
+    """Whether a weight has an input transform on its first axis, or where views have taken that apart."""
+    return isinstance(value, Factored) and bool(value.turns) and value.turned_axis in (0, None)
 
 
 def _place(value: Any, stacked: Sequence[Any]) -> int | None:
@@ -163,23 +170,41 @@ def _nth(value: Any, count: Any) -> Any:
 
 
 def while_(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
-    """Weights come in as constants; the steps are counted, so that each has dropout of its own."""
+    """Weights come in as constants; the steps are counted, so that each has dropout of its own.
+
+    Under `jax.vmap` the predicate may be one of several loops: those that have ended stay as they are.
+    """
     params = eqn.params
     n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     tests, consts, jaxpr = values[:n], values[n:m], params["body_jaxpr"]
     carry = _Carry(interpreter, eqn, jaxpr, values[m:], offset=m - n)
 
-    def proceed(state: Any) -> Any:
-        return interpreter.run(params["cond_jaxpr"], [*tests, *carry.whole(state[0])])[0]
+    def go_on(moving: Any) -> Any:
+        return interpreter.run(params["cond_jaxpr"], [*tests, *carry.whole(moving)])[0]
 
     def body(state: Any) -> Any:
         moving, count = state
         now = [_nth(value, count) for value in (*consts, *carry.whole(moving))]
         outputs = carry.moved(interpreter.run(jaxpr, now))
-        return interpreter.arrays(outputs, eqn, "the body of a loop returns it"), count + 1
+        outputs = interpreter.arrays(outputs, eqn, "the body of a loop returns it")
+        going = go_on(moving) if _is_batched(params["cond_jaxpr"]) else None
+        return [_chosen(going, new, old) for new, old in zip(outputs, moving, strict=True)], count + 1
 
-    final, _ = lax.while_loop(proceed, body, (carry.moving, jnp.zeros((), jnp.int32)))
+    start = (carry.moving, jnp.zeros((), jnp.int32))
+    final, _ = lax.while_loop(lambda state: jnp.any(go_on(state[0])), body, start)
     return carry.whole(final)
+
+
+def _is_batched(predicate: Any) -> bool:
+    jaxpr, _ = compat.open_jaxpr(predicate)
+    return bool(jaxpr.outvars[0].aval.shape)
+
+
+def _chosen(going: Any, new: Any, old: Any) -> Any:
+    """The new value, of those of several loops that go on."""
+    if going is None:
+        return new
+    return lax.select(lax.broadcast_in_dim(going, new.shape, range(going.ndim)), new, old)
 
 
 def cond(interpreter: Interpreter, eqn: Any, index: Any, *values: Any) -> list[Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from jlora.interpret.factored import Factored, scaled_by, turned, whole
-from jlora.interpret.products import Labels
+from jlora.interpret.products import Labels, cast, computing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,10 @@ class Ends:
             return None
         return cls(weight, ws, xs, out, not gain <= {*out}, turn_on_x)
 
-    def before(self, x: Any) -> Any:
+    def before(self, x: Any, dtype: Any) -> Any:
+        """The input as what acts on it leaves it, in a type to compute in; if nothing does, as it is."""
+        if self.turn_on_x or self.gain_on_x:
+            x = cast(x, dtype)
         if self.turn_on_x:
             for rows, stride in self.weight.turns:
                 x = self._turned(x, self.xs, rows, stride)
@@ -41,10 +44,13 @@ class Ends:
 
     def after(self, y: Any) -> Any:
         y = y if self.gain_on_x else self._scaled(y, self.out)
-        if not self.turn_on_x:
-            for rows, stride in reversed(self.weight.turns):
-                y = self._turned(y, self.out, rows, stride, transpose=True)
-        return y
+        if self.turn_on_x or not self.weight.turns:
+            return y
+        given = y.dtype
+        y = cast(y, computing(given))
+        for rows, stride in reversed(self.weight.turns):
+            y = self._turned(y, self.out, rows, stride, transpose=True)
+        return cast(y, given)
 
     def _scaled(self, x: Any, xs: Labels) -> Any:
         gain = self.weight.gain

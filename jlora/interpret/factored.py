@@ -170,7 +170,8 @@ def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, t
     size = rows.shape[-1]
 
     def split(array: Any, labels: Labels, within: str) -> tuple[Any, Labels]:
-        parts = [((-1, size, stride), ("block", within, "step")) if label == at else ((n,), (label,))
+        blocks = lambda n: (n // (size * stride), size, stride)
+        parts = [(blocks(n), ("block", within, "step")) if label == at else ((n,), (label,))
                  for n, label in zip(array.shape, labels, strict=False)]  # fmt: skip
         shape = [n for part, _ in parts for n in part] + list(array.shape[len(labels) :])
         return array.reshape(shape), tuple(label for _, names in parts for label in names)

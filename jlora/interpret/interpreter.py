@@ -7,6 +7,7 @@ that has none, or whose rule declines, gets the weight computed densely: slower,
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,14 @@ from jlora.interpret.factored import Tracked
 
 Rule = Callable[..., Any]
 DECLINED = NotImplemented
+
+
+class _Walk(threading.local):
+    """Where the walks of one thread are: an interpreter is shared by all threads that trace."""
+
+    def __init__(self) -> None:
+        self.around: list[Any] = []  # the equations whose jaxprs are being walked, outermost first
+        self.copies: list[Copies] = []  # of the inputs of products, in each jaxpr that is being walked
 
 
 class Interpreter:
@@ -43,8 +52,7 @@ class Interpreter:
         self.inline = inline
         self._dense = dense
         self._told = told
-        self._around: list[Any] = []  # the equations whose jaxprs are being walked, outermost first
-        self._copies: list[Copies] = []  # of the inputs of products, in each jaxpr that is being walked
+        self._walk = _Walk()
 
     def densify(self, weight: Any, eqn: Any, reason: str) -> Any:
         return self._dense(self, weight, eqn, reason)
@@ -58,24 +66,24 @@ class Interpreter:
         So what flows back from their low-rank paths is summed by itself. Else it stands between what flows back from
         the bases' products, and on a mesh XLA sums these over devices one by one in place of once.
         """
-        return self._copies[-1].of(atom, x)
+        return self._walk.copies[-1].of(atom, x)
 
     def place(self, eqn: Any) -> tuple[int, ...]:
         """Tells a use of this walk from all others."""
-        return tuple(map(id, (*self._around, eqn)))
+        return tuple(map(id, (*self._walk.around, eqn)))
 
     def source(self, eqn: Any) -> str:
         """The user's line that made an equation, or the nearest one around it."""
-        lines = (compat.source_line(inner) for inner in (eqn, *reversed(self._around)) if inner is not None)
+        lines = (compat.source_line(inner) for inner in (eqn, *reversed(self._walk.around)) if inner is not None)
         return next(filter(None, lines), "")
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; results that are views of a weight stay `Tracked`."""
-        self._copies.append(Copies(compat.open_jaxpr(jaxpr)[0]))
+        self._walk.copies.append(Copies(compat.open_jaxpr(jaxpr)[0]))
         try:
             return self._walked(jaxpr, values)
         finally:
-            self._copies.pop()
+            self._walk.copies.pop()
 
     def _walked(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
@@ -106,11 +114,11 @@ class Interpreter:
         tracked = [i for i, value in enumerate(inputs) if isinstance(value, Tracked)]
         outputs = DECLINED
         if tracked and (rule := self.rules.get(eqn.primitive.name)):
-            self._around.append(eqn)
+            self._walk.around.append(eqn)
             try:
                 outputs = rule(self, eqn, *(_fresh(value, index) for value in inputs))
             finally:
-                self._around.pop()
+                self._walk.around.pop()
         if outputs is DECLINED:
             for i in tracked:
                 atom = eqn.invars[i]
@@ -119,7 +127,7 @@ class Interpreter:
                 inputs[i] = dense[atom]
             outputs = compat.bind(eqn, inputs)
         if eqn.primitive.name == CAST and not tracked:
-            self._copies[-1].of(eqn.invars[0], inputs[0])  # while it is there
+            self._walk.copies[-1].of(eqn.invars[0], inputs[0])  # while it is there
         return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 

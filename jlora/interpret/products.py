@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -85,6 +86,12 @@ def _ordered(x: Any, labels: Labels, groups: Sequence[Labels], flat: bool) -> An
 def wide(dtype: Any) -> Any:
     """The type in which sums of values of a type are taken: float32, or a wider one."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def computing(*dtypes: Any) -> Any:
+    """The type in which values of these types are computed with: of types that only store numbers, float32."""
+    inexact = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16]
+    return jnp.dtype(functools.reduce(jnp.promote_types, inexact)) if inexact else jnp.dtype(jnp.float32)
 
 
 def cast(x: Any, dtype: Any) -> Any:

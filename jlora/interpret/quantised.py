@@ -32,9 +32,9 @@ class Quantised:
       stored: a `QArray`, moved by the views that codes and scales can follow.
       layer: which of a scanned stack's layers, by loop: the stack stays whole, and is indexed where numbers are made.
         Sliced by the loop it would be converted ahead of it, where XLA has no slices of so few bits.
-      dtypes: the types to which the numbers are cast, one after the other.
-      views: functions of the numbers: the views that only they can follow.
-      seen: the shape that the views give; None: that of the codes.
+      dtypes: the types to which the numbers are cast first, one after the other.
+      views: functions of the numbers: the views, and casts between them, that only they can follow.
+      seen: the shape and the type that the views give; None: those of the codes.
       native: whether products in 8 bits are computed so by hardware that has them.
     """
 
@@ -42,12 +42,12 @@ class Quantised:
     layer: tuple[jax.Array, ...] = ()
     dtypes: tuple[Any, ...] = dataclasses.field(default=(), metadata={"static": True})
     views: tuple[Callable[[Any], Any], ...] = dataclasses.field(default=(), metadata={"static": True})
-    seen: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    seen: tuple[tuple[int, ...], Any] | None = dataclasses.field(default=None, metadata={"static": True})
     native: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.stored.shape[len(self.layer) :]) if self.seen is None else self.seen
+        return tuple(self.stored.shape[len(self.layer) :]) if self.seen is None else self.seen[0]
 
     @property
     def ndim(self) -> int:
@@ -55,6 +55,8 @@ class Quantised:
 
     @property
     def dtype(self) -> Any:
+        if self.seen is not None:
+            return self.seen[1]
         return self.dtypes[-1] if self.dtypes else self.stored.dtype
 
     def replace(self, **changes: Any) -> Quantised:
@@ -195,13 +197,14 @@ def _stored_view(eqn: Any, values: Sequence[Any], places: list[int]) -> Any:
 def _view(eqn: Any, values: Sequence[Any], places: list[int]) -> Quantised | None:
     """A view that only the numbers follow; None where it needs other arrays."""
     weight = values[places[0]]
-    if eqn.primitive.name == "convert_element_type":
+    if eqn.primitive.name == "convert_element_type" and not weight.views:
         return weight.replace(dtypes=(*weight.dtypes, eqn.params["new_dtype"]))
     others = tuple(value for i, value in enumerate(values) if i not in places)
     if len(places) > 1 or eqn.primitive.multiple_results or any(isinstance(x, jax.Array) for x in others):
         return None
     view = functools.partial(_again, eqn, others, places[0])
-    return weight.replace(views=(*weight.views, view), seen=tuple(eqn.outvars[0].aval.shape))
+    made = eqn.outvars[0].aval
+    return weight.replace(views=(*weight.views, view), seen=(tuple(made.shape), made.dtype))
 
 
 def _again(eqn: Any, others: tuple[Any, ...], place: int, x: Any) -> Any:

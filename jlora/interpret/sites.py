@@ -19,10 +19,12 @@ from jlora.interpret.contract import dot_labels
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.lookup import Lookup
+from jlora.interpret.traced import traced
 from jlora.interpret.views import VIEWS
 from jlora.nodes.axes import Axes
 from jlora.nodes.qarray import abstract, is_qarray
-from jlora.targets.paths import flatten, refill, split_arrays
+from jlora.targets.paths import flatten_named, in_order_of, refill, split_arrays
 
 LINEAR = ("dot", "ragged_dot")
 Owner = tuple[str, int]
@@ -87,7 +89,7 @@ class Probe(Tracked):
 
 def observe(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> dict[str, Site]:
     """How a function uses each leaf of its first argument, by path; traces it once, abstractly."""
-    paths, leaves, treedef = flatten(params, is_qarray)
+    paths, leaves, treedef = flatten_named("sites", params, is_qarray)
     leaves = [abstract(leaf) for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
     shapes = {paths[i]: tuple(leaves[i].shape) for i in places}
@@ -97,13 +99,14 @@ def observe(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> dict
 
     def walk(bases: list[Any], arrays: list[Any]) -> None:
         def plain(bases: list[Any]) -> list[Any]:
-            inner_args, inner_kwargs = rebuild(arrays)
-            outputs = fn(tree_of(bases), *inner_args, **inner_kwargs)
+            inner_args, inner_kwargs = in_order_of(rebuild(arrays), (args, kwargs))
+            outputs = fn(in_order_of(tree_of(bases), params), *inner_args, **inner_kwargs)
             return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
 
         probes = [_probe(path, base) for path, base in zip(shapes, bases, strict=True)]
         interpreter = Interpreter(observer.rules, observer.other, inline=True)
-        interpreter.arrays(interpreter.run(jax.make_jaxpr(plain)(bases), probes), None, "the function returns it")
+        jaxpr = traced("jlora.sites", plain, fn, list(shapes), bases)
+        interpreter.arrays(interpreter.run(jaxpr, probes), None, "the function returns it")
 
     jax.eval_shape(walk, [leaves[i] for i in places], arrays)
     return {path: _site(tuple(uses.values()), shapes[path]) for path, uses in observer.uses.items()}
@@ -161,20 +164,18 @@ class _Observer:
         """A lookup that leaves a matrix may be the choice of an expert: it stays under observation."""
         if not isinstance(weight, Probe):
             return DECLINED
-        numbers = eqn.params["dimension_numbers"]
-        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
         rows = compat.bind(eqn, [weight.base, indices])
-        kept = [axis for axis in range(weight.ndim) if axis not in gone]
-        places = dict(zip(kept, numbers.offset_dims, strict=True))
+        lookup = Lookup(eqn.params, tuple(weight.base.shape), rows.ndim)
+        places = lookup.places
 
         def change(factor: Any) -> Any:
-            whole = {places[axis] for axis in weight.owned(factor) if axis in places}
+            whole = {places[axis] for axis in weight.owned(factor) if axis in places and axis not in lookup.stacked}
             return jnp.zeros([n if place in whole else 1 for place, n in enumerate(rows.shape)] + [1])
 
-        looked_up = weight.looked_up | weight.axes_on(numbers.start_index_map)
+        looked_up = weight.looked_up | weight.axes_on(lookup.picked)
         picked = weight.view(rows, change).replace(looked_up=frozenset(looked_up))
         is_matrix = len(picked.axes_on(range(rows.ndim))) >= 2
-        return picked if is_matrix else self.other(walk, picked, eqn)
+        return picked if is_matrix or not lookup.picked else self.other(walk, picked, eqn)
 
     def concatenate(self, _: Interpreter, eqn: Any, *pieces: Any) -> Probe:
         """Leaves side by side are observed together."""

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.interpret import compat
+from jlora.interpret.lookup import Lookup
 from jlora.interpret.manual import same_everywhere, varying
 from jlora.interpret.places import entries, names
 
@@ -93,7 +95,10 @@ def dynamic_slice(eqn: Any, stored: Any, *starts: Any) -> list[Any] | None:
 def gather(eqn: Any, stored: Any, indices: Any) -> list[Any] | None:
     """Rows, or whole weights of a stack: all of the axes that are tiled is taken."""
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    found = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    lookup = Lookup(params, tuple(stored.shape), len(eqn.outvars[0].aval.shape))
+    if lookup.may_fill and not (params["fill_value"] is None or np.isnan(params["fill_value"])):
+        return None  # no code and scale give any number, but a scale that is none gives none
+    found, scale = lookup.moving, _innermost(stored)
 
     def change(x: Any) -> Any:
         axes = list(zip(params["slice_sizes"], stored.shape, x.shape, strict=True))
@@ -101,10 +106,15 @@ def gather(eqn: Any, stored: Any, indices: Any) -> list[Any] | None:
             return None
         sizes = tuple(size if count == n else count for size, n, count in axes)
         settings = {name: params[name] for name in ("mode", "unique_indices", "indices_are_sorted")}
-        fill = params["fill_value"] if x is stored.scale else 0
+        fill = None if x is scale else 0
         return lax.gather(x, indices, numbers, sizes, fill_value=fill, **settings)
 
     return mapped(stored, change)
+
+
+def _innermost(stored: Any) -> Any:
+    """The array of scales, or of the scales of quantised scales."""
+    return _innermost(stored.scale) if hasattr(stored.scale, "qvalue") else stored.scale
 
 
 def broadcast(eqn: Any, stored: Any, *more: Any) -> list[Any] | None:

@@ -26,7 +26,9 @@ def same(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
 
 
 def cast(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
-    if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+    """The base's type alone: factors keep theirs. The real part of a complex weight is no such view."""
+    dtype, is_complex = eqn.params["new_dtype"], jnp.issubdtype(weight.base.dtype, jnp.complexfloating)
+    if not jnp.issubdtype(dtype, jnp.inexact) or (is_complex and not jnp.issubdtype(dtype, jnp.complexfloating)):
         return DECLINED
     return weight.replace(base=bound(eqn, [weight.base]))
 
@@ -161,7 +163,8 @@ def scale(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
     if isinstance(scalar, Tracked) or jnp.ndim(scalar) or divides_by_weight:
         return DECLINED
     base = bound(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
-    change = lambda a: (a / scalar if eqn.primitive.name == "div" else a * scalar).astype(a.dtype)
+    number = jnp.asarray(scalar, scalar.dtype if hasattr(scalar, "dtype") else base.dtype)
+    change = lambda a: a / number if eqn.primitive.name == "div" else a * number
     return _times(weight, base, change)
 
 

@@ -16,7 +16,7 @@ from jlora.nodes.qarray import dense, is_qarray, nbits
 from jlora.quant.formats import DTYPES, Format, package, quantised, read_as
 from jlora.spec import LoraSpec
 from jlora.targets.conventions import kernel_axes
-from jlora.targets.paths import flatten
+from jlora.targets.paths import flatten, flatten_named
 from jlora.targets.select import select, sites_of
 from jlora.tree import has_nodes, merge
 
@@ -75,7 +75,7 @@ def quantize(
         raise ValueError(f"quantize: dtype must be one of {', '.join(DTYPES)}, found {_short(dtype)}")
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
         raise ValueError(f"quantize: tile must be a positive number of elements or None, found {tile!r}")
-    paths, leaves, treedef = flatten(params, is_unit)
+    paths, leaves, treedef = flatten_named("quantize", params, is_unit)
     if wrapped := [path for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]:
         raise TypeError(f"quantize: {wrapped[0]} is wrapped; quantise the plain tree, then wrap it")
     by_path = dict(zip(paths, leaves, strict=True))

@@ -7,6 +7,7 @@ linen's metadata boxes put behind every leaf is not part of it.
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,21 @@ def flatten(tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[str], list[A
     )
     named = [path_of(keys, is_box=siblings[keys[:-1]] == 1) for keys, _ in pairs]
     return named, [leaf for _, leaf in pairs], treedef
+
+
+def flatten_named(name: str, tree: Any, is_leaf: IsLeaf | None = None) -> tuple[list[str], list[Any], Any]:
+    """As `flatten`, for functions that tell leaves by their paths.
+
+    Raises:
+      ValueError: if two leaves have the same path.
+    """
+    paths, leaves, treedef = flatten(tree, is_leaf)
+    if len({*paths}) < len(paths):
+        path = next(path for path, count in collections.Counter(paths).items() if count > 1)
+        keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+        places = " and ".join(jax.tree_util.keystr(k) for k, other in zip(keys, paths, strict=True) if other == path)
+        raise ValueError(f"{name}: {places} have the same path, {path}, so that no name tells them apart; rename one")
+    return paths, leaves, treedef
 
 
 def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
@@ -47,15 +63,37 @@ def refill(treedef: Any, leaves: list[Any], places: list[int]) -> Callable[[list
     return rebuild
 
 
+def in_order_of(tree: Any, like: Any) -> Any:
+    """The tree with the keys of its dicts in the order that they have in one of the same structure.
+
+    JAX puts them in order by name whenever it builds a tree.
+    """
+    if tree is like or jax.tree_util.all_leaves([tree]):
+        return tree
+    one_level = lambda x: lambda y: y is not x
+    parts, treedef = jax.tree.flatten(tree, is_leaf=one_level(tree))
+    others = jax.tree.leaves(like, is_leaf=one_level(like))
+    if len(parts) != len(others):
+        return tree
+    ordered = treedef.unflatten(list(map(in_order_of, parts, others)))
+    return {key: ordered[key] for key in like} if type(like) is type(ordered) is dict else ordered
+
+
 def checked_key(name: str, key: Any) -> Any:
     """The PRNG key, if it is one.
 
     Raises:
-      TypeError: if it is not.
+      TypeError: if it is not, or several.
     """
-    dtype = getattr(key, "dtype", None)
+    dtype, shape = getattr(key, "dtype", None), tuple(getattr(key, "shape", ()))
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
         raise TypeError(f"{name} must be a PRNG key, such as jax.random.key(0), found {key!r}")
+    one = () if dtype != np.uint32 else jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+    if shape != one:
+        several = shape[len(shape) - len(one) :] == one and len(shape) > len(one)
+        count = math.prod(shape[: len(shape) - len(one)])
+        found = f"{count} of them; jax.vmap takes several" if several else f"{dtype} of shape {shape}"
+        raise TypeError(f"{name} must be one PRNG key, such as jax.random.key(0), found {found}")
     return key
 
 

@@ -138,13 +138,25 @@ def _skip(reached: set[int], wanted: list[str]) -> set[int]:
 
 
 def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The paths (of leaves and of modules) whose ends look most like `pattern`."""
+    """The paths (of leaves and of modules) whose ends, or whose last names, look most like those of `pattern`."""
     text = (pattern.pattern if isinstance(pattern, re.Pattern) else pattern).removeprefix("re:").removeprefix(MODULE)
-    depth = text.count("/") + 1
-    candidates = {name: None for path in paths for name in (path, module_of(path)) if name}
-    tails: dict[str, str] = {}
+    wanted, depth = text.lower(), text.count("/") + 1
+    candidates = dict.fromkeys(name for path in paths for name in (path, module_of(path)) if name)
+    best: dict[str, tuple[float, str]] = {}
     for name in candidates:
-        tails.setdefault("/".join(name.split("/")[-depth:]), name)
-    close = difflib.get_close_matches(text.lower(), [t.lower() for t in tails], n=count, cutoff=0.3)
-    lowered = {tail.lower(): name for tail, name in tails.items()}
-    return [lowered[tail] for tail in close] or list(candidates)[:count]
+        tail = "/".join(name.lower().split("/")[-depth:])
+        likeness = max(_likeness(wanted, tail), _likeness(_last(wanted), _last(tail)) - 0.01)
+        best.setdefault(tail, (likeness, name))
+    close = sorted((found for found in best.values() if found[0] >= 0.3), key=lambda found: -found[0])
+    return [name for _, name in close[:count]] or list(candidates)[:count]
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _likeness(wanted: str, name: str) -> float:
+    """From 0 to 1; high for a name that is the beginning of the other up to a word's end, as ``q`` of ``q_proj``."""
+    short, long = sorted((wanted, name), key=len)
+    is_word = bool(short) and re.match(re.escape(short) + r"(?:[_.\d-]|$)", long) is not None
+    return max(difflib.SequenceMatcher(None, wanted, name).ratio(), 0.8 * is_word)

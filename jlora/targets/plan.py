@@ -15,6 +15,7 @@ from jlora.nodes.node import AdaptedParam
 from jlora.spec import LoraSpec
 from jlora.targets.conventions import kernel_axes
 from jlora.targets.layers import chosen_slices, in_layers, layered
+from jlora.targets.paths import module_of
 from jlora.targets.select import biases_beside, biases_of, select, sites_of
 
 
@@ -63,12 +64,27 @@ def resolve(
     adapted = _adapted(chosen.targets, leaves, spec, sites)
     beside = biases_beside(leaves, adapted) if spec.lora_bias else {}
     full = chosen.full | (biases_of(leaves, adapted, spec.bias) - {*beside})
+    if spec.bias != "all":
+        _check_slices(full | {*beside}, adapted, leaves, spec)
     return {
         **{path: InFull() for path in full},
         **{path: WithRows(tuple(tokens)) for path, tokens in chosen.tokens.items()},
         **{bias: WithBias(adapted[path].kernel) for bias, path in beside.items()},
         **adapted,
     }
+
+
+def _check_slices(paths: Iterable[str], adapted: Mapping[str, Adapted], leaves: Mapping[str, Any], spec: LoraSpec):
+    """Refuses a leaf that would train in all layers of a stack of which some are adapted."""
+    stacks = {module_of(path): of.kernel for path, of in adapted.items() if of.kernel.layers is not None}
+    for path in sorted(paths):
+        kernel = stacks.get(module_of(path))
+        if kernel is not None and leaves[path].shape[:1] == kernel.shape[:1]:
+            raise ValueError(
+                f"wrap: layers={list(spec.layers or ())} adapts these of {kernel.path}, but {path} beside it stacks "
+                f"{kernel.shape[0]} layers in one array, all of which would train. Leave it frozen (bias='none', no "
+                "lora_bias, not in train), adapt all layers, or unroll them"
+            )
 
 
 def _adapted(

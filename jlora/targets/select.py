@@ -44,7 +44,7 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
         linear = {path for path in kernels if is_linear(path, by_path[path], sites) and not is_output_layer(path)}
         targets = linear - full - excluded - {*tokens}
     else:
-        targets = _named(params, paths, by_path, kernels, spec) - excluded
+        targets = _named(params, paths, by_path, kernels, spec, excluded, sites) - excluded
         _disjoint("targets", targets, "train", full)
         _disjoint("targets", targets, "train_tokens", {*tokens})
     _disjoint("train", full, "train_tokens", {*tokens})
@@ -93,14 +93,23 @@ def sites_of(sites: Sites | None, leaves: Mapping[str, Any]) -> Sites | None:
 
 
 def _named(
-    params: Any, paths: Sequence[str], by_path: Mapping[str, Any], kernels: set[str], spec: LoraSpec
+    params: Any,
+    paths: Sequence[str],
+    by_path: Mapping[str, Any],
+    kernels: set[str],
+    spec: LoraSpec,
+    excluded: set[str],
+    sites: Sites | None,
 ) -> set[str]:
     if isinstance(spec.targets, tuple):
+        matched = {path for pattern in spec.targets for path in _matched("targets", [pattern], paths)}
+        _check_uses(matched - kernels - excluded, by_path, sites)
         return _patterns(spec.targets, paths, kernels)
     if callable(spec.targets):
         named = {path for path in paths if spec.targets(path, by_path[path])}
     else:
         named = _marked(params, spec.targets)
+    _check_uses(named - kernels, by_path, sites)
     for path in sorted(named - kernels):
         shape = tuple(getattr(by_path[path], "shape", ()))
         raise ValueError(
@@ -108,6 +117,18 @@ def _named(
             "no norm's scale); leave it out, or say its axes with axes={...}"
         )
     return named
+
+
+def _check_uses(named: set[str], by_path: Mapping[str, Any], sites: Sites | None) -> None:
+    """Refuses a matrix that targets name and that the function uses in another way than as a kernel."""
+    for path in sorted(named):
+        leaf = by_path[path]
+        if sites is not None and sites[path].uses and is_kernel(path, leaf, None):
+            raise ValueError(
+                f"wrap: {path} of shape {tuple(leaf.shape)} is a target, but its use tells no axes: "
+                f"{sites[path].describe()}. Exclude it, exclude=({path!r},), or say its axes, LoraSpec(axes={{{path!r}: "
+                "jlora.Axes(in_axis, out_axis)}): it is then computed densely where it is used so"
+            )
 
 
 def _patterns(patterns: Iterable[Pattern], paths: Sequence[str], kernels: set[str]) -> set[str]:
