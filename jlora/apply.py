@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import threading
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +122,8 @@ def run_on_wrapped(
     bases = [shape_of(v.base) if isinstance(v, Factored) else v for v in values]
     given = args, kwargs
     jaxpr = traced("jlora.apply", on_bases, fn, [_inside(paths[i]) for i in places], bases)
-    arrays = interpreter.arrays(interpreter.run(jaxpr, values), None, "the function returns it")
+    with _FALLBACKS.told_once():
+        arrays = interpreter.arrays(interpreter.run(jaxpr, values), None, "the function returns it")
     computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
     kept, outdef, ordered = result
     return in_order_of(outdef.unflatten([next(computed) if x is _COMPUTED else x for x in kept]), ordered)
@@ -191,14 +194,54 @@ def _interpreter(fallback: str) -> Interpreter:
 
 def _densify(fallback: str, interpreter: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:
     if fallback != "ignore" and weight.roles:
-        line = interpreter.source(eqn)
-        where = f" at {line}" if line else ""
-        message = (
-            f"{weight.name} of shape {tuple(weight.base.shape)} is computed densely, as W + s A B, for "
-            f"{eqn.primitive.name if eqn is not None else 'the output'}{where}: {reason}. Results are right, the cost "
-            'is that of a merged kernel; jlora.explain shows every use, fallback="ignore" is silent'
-        )
+        found = _Fallback(eqn.primitive.name if eqn is not None else "the output", reason)
+        place = weight.name, tuple(weight.base.shape), interpreter.source(eqn)
         if fallback == "error":
-            raise DenseFallbackError(message)
-        warnings.warn(message, DenseFallbackWarning, stacklevel=2)
+            raise DenseFallbackError(found.told([place]))
+        _FALLBACKS.add(found, place)
     return weight.dense()
+
+
+class _Fallback(NamedTuple):
+    """Why kernels are computed densely: the primitive that has no rule for them, and what is in the way."""
+
+    primitive: str
+    reason: str
+
+    def told(self, places: Sequence[tuple[str, tuple[int, ...], str]]) -> str:
+        (name, shape), *others = dict.fromkeys((name, shape) for name, shape, _ in places)
+        lines = [line for line in dict.fromkeys(line for _, _, line in places) if line]
+        more = f" and {len(others)} more ({_some([other for other, _ in others])})" if others else ""
+        at = f" at {lines[0]}" if lines else ""
+        return (
+            f"{name} of shape {shape}{more} {'are' if others else 'is'} computed densely, as W + s A B, for "
+            f"{self.primitive}{at}{f' and {len(lines) - 1} more' if lines[1:] else ''}: {self.reason}. Results "
+            'are right, the cost is that of a merged kernel; jlora.explain shows every use, fallback="ignore" is silent'
+        )
+
+
+class _Fallbacks(threading.local):
+    """The dense computations of the calls that run in a thread, innermost last: each cause is told once a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[_Fallback, list[Any]]] = []
+
+    def add(self, found: _Fallback, place: Any) -> None:
+        self.calls[-1].setdefault(found, []).append(place)
+
+    @contextlib.contextmanager
+    def told_once(self) -> Iterator[None]:
+        self.calls.append({})
+        try:
+            yield
+        finally:
+            call = self.calls.pop()
+        for found, places in call.items():
+            warnings.warn(found.told(places), DenseFallbackWarning, stacklevel=1)
+
+
+_FALLBACKS = _Fallbacks()
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -456,7 +456,7 @@ def view_reversed(p, x):
     return x @ jnp.flip(p["w"], 1) + jnp.flip(x, 1) @ lax.rev(p["w"], (0,))
 
 
-@program({"w": "6i 10o", "scale": "10"}, (5, 6), factored=False)
+@program({"w": "6i 10o", "scale": "10"}, (5, 6))
 def view_times_column_scale(p, x):
     return x @ (p["w"] * p["scale"])
 
@@ -497,7 +497,7 @@ def view_concatenated_in(p, x, h):
     return jnp.concatenate([x, h], axis=1) @ jnp.concatenate([p["x"], p["h"]], axis=0)
 
 
-@program({"w": "6i 10o", "extra": "6 3"}, (5, 6), factored=False)
+@program({"w": "6i 10o", "extra": "6 3"}, (5, 6))
 def view_concatenated_with_plain(p, x):
     return x @ jnp.concatenate([p["extra"], p["w"]], axis=1)
 
@@ -1087,7 +1087,7 @@ def kernel_rows_added_to_activations(p, x):
     return x + p["position"][:5]
 
 
-@program({"w": "6i 10o"}, (5, 6), factored=False)
+@program({"w": "6i 10o"}, (5, 6))
 def kernel_after_inner_step(p, x):
     def loss(w):
         return jnp.sum(jnp.tanh(x @ w) ** 2)

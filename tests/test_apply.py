@@ -490,6 +490,15 @@ def test_a_fallback_warns_once_per_place():
     assert sorted(named) == ["cumsum", "exp", "sort"]
 
 
+def test_a_cause_is_told_once_and_names_its_kernels():
+    fn = lambda p, x: x @ jnp.tanh(p["w"]) @ jnp.tanh(p["v"]) + jnp.sum(jnp.tanh(p["w"]))
+    with pytest.warns(jlora.DenseFallbackWarning) as caught:
+        jlora.apply(fn)(WRAPPED, X)
+    (warning,) = caught
+    told = r"w of shape \(6, 4\) and 1 more \(v\) are computed densely, as W \+ s A B, for tanh at .*\): tanh has no"
+    assert re.match(told, str(warning.message))
+
+
 def test_one_value_used_densely_twice_is_computed_once():
     fn = lambda p, x: x * jnp.sum(jnp.exp(p["w"])) + jnp.sum(jnp.sin(p["w"]))
     jaxpr = str(jax.make_jaxpr(jlora.apply(fn, fallback="ignore"))(WRAPPED, X))

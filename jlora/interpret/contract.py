@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jlora.interpret import compat
@@ -175,20 +174,13 @@ def _unfilled(picked: Factored, weight: Factored, lookup: Lookup, indices: Any) 
         if role == "gain":
             return jnp.where(inside, factor, 1)
         if role == "turn":
-            return jnp.where(inside, factor, lookup.taken(*_no_turn(weight, factor.shape[-1], stride or 1), indices))
+            still = weight.no_turn(factor.shape[-1], stride or 1)
+            return jnp.where(inside, factor, lookup.taken(still, (weight.turned_axis or 0,), indices))
         return jnp.where(inside, factor, 0) if role == "a" and not is_zero else factor
 
     strides = iter(weight.strides)
     steps = [next(strides) if role == "turn" else None for role in weight.roles]
     return picked.replace(factors=tuple(map(unfilled, picked.factors, weight.roles, steps)))
-
-
-def _no_turn(weight: Factored, size: int, stride: int) -> tuple[Any, tuple[int, ...]]:
-    """The rows of the identity, as those of a turn, and the axis that they own."""
-    axis = weight.turned_axis or 0
-    n = weight.base.shape[axis]
-    rows = np.eye(size, dtype=np.float32)[np.arange(n) // stride % size]
-    return jnp.asarray(rows.reshape([n if i == axis else 1 for i in range(weight.ndim)] + [size])), (axis,)
 
 
 def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, transposed, wide
+from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, transposed, uncut, wide
 from jlora.interpret.quantised import array_of
 
 
@@ -108,8 +109,17 @@ class Factored(Tracked):
         labels = tuple(range(self.ndim))
         for rows, stride in reversed(self.turns):
             of_rows, at = self.owned(rows), self.turned_axis
-            weight = turned(weight, labels, whole(self, rows.astype(sums)), of_rows, at, stride, transpose=True)
+            moved = whole(self, rows.astype(sums) - self.no_turn(rows.shape[-1], stride).astype(sums))
+            # As a change of the weight it lies where the weight lies, wherever XLA computes it.
+            weight = weight + turned(weight, labels, moved, of_rows, at, stride, transpose=True)
         return weight.astype(dtype)
+
+    def no_turn(self, size: int, stride: int) -> jax.Array:
+        """The rows of a turn that turns nothing: those of the identity."""
+        axis = self.turned_axis or 0
+        n = self.base.shape[axis]
+        rows = np.eye(size, dtype=np.float32)[np.arange(n) // stride % size]
+        return jnp.asarray(rows.reshape([n if i == axis else 1 for i in range(self.ndim)] + [size]))
 
 
 def low_rank(base: Any, a: Any, b: Any, **settings: Any) -> Factored:
@@ -167,7 +177,9 @@ def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, t
       x: with an axis for each label of `xs`.
       rows: an axis for each label of `rs`, all of which are in `xs`, and the size of a block.
     """
-    size = rows.shape[-1]
+    size, given = rows.shape[-1], x
+    place = xs.index(at)
+    x = uncut(x, place, x.shape[place] // (size * stride))
 
     def split(array: Any, labels: Labels, within: str) -> tuple[Any, Labels]:
         blocks = lambda n: (n // (size * stride), size, stride)
@@ -180,4 +192,4 @@ def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, t
     seen, labels = split(x, xs, before)
     rows, row_labels = split(cast(rows, x.dtype), rs, "row")
     out = tuple(after if label == before else label for label in labels)
-    return contract(seen, labels, rows, (*row_labels, "column"), out).reshape(x.shape)
+    return placed_as(contract(seen, labels, rows, (*row_labels, "column"), out).reshape(x.shape), given)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jlora.interpret import compat
 from jlora.interpret.copies import CAST, Copies
@@ -27,6 +28,7 @@ class _Walk(threading.local):
     def __init__(self) -> None:
         self.around: list[Any] = []  # the equations whose jaxprs are being walked, outermost first
         self.copies: list[Copies] = []  # of the inputs of products, in each jaxpr that is being walked
+        self.thin: list[dict[Any, Any]] = []  # what arrays were before they were repeated, likewise
 
 
 class Interpreter:
@@ -68,6 +70,11 @@ class Interpreter:
         """
         return self._walk.copies[-1].of(atom, x)
 
+    def thin(self, atom: Any, x: Any) -> Any:
+        """The value of an equation's input, of size 1 on the axes along which it was made by repeating another."""
+        operand, shape = (None, None) if compat.is_literal(atom) else self._walk.thin[-1].get(atom, (None, None))
+        return x if shape is None else jnp.reshape(operand, shape)
+
     def place(self, eqn: Any) -> tuple[int, ...]:
         """Tells a use of this walk from all others."""
         return tuple(map(id, (*self._walk.around, eqn)))
@@ -80,10 +87,12 @@ class Interpreter:
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; results that are views of a weight stay `Tracked`."""
         self._walk.copies.append(Copies(compat.open_jaxpr(jaxpr)[0]))
+        self._walk.thin.append({})
         try:
             return self._walked(jaxpr, values)
         finally:
             self._walk.copies.pop()
+            self._walk.thin.pop()
 
     def _walked(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
@@ -104,6 +113,7 @@ class Interpreter:
                 for var in last_use.get(index, ()):
                     env.pop(var, None)
                     dense.pop(var, None)
+                    self._walk.thin[-1].pop(var, None)
         return [atom.val if compat.is_literal(atom) else env[atom] for atom in jaxpr.outvars]
 
     def arrays(self, values: Sequence[Any], eqn: Any, reason: str) -> list[Any]:
@@ -126,9 +136,18 @@ class Interpreter:
                     dense[atom] = self.densify(inputs[i], eqn, f"{eqn.primitive.name} has no factored rule here")
                 inputs[i] = dense[atom]
             outputs = compat.bind(eqn, inputs)
+        if eqn.primitive.name == "broadcast_in_dim" and not tracked and len(inputs) == 1:
+            self._walk.thin[-1][eqn.outvars[0]] = inputs[0], _before(eqn)
         if eqn.primitive.name == CAST and not tracked:
             self._walk.copies[-1].of(eqn.invars[0], inputs[0])  # while it is there
         return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def _before(eqn: Any) -> list[int]:
+    """The shape of what an equation repeats along axes, of size 1 on these."""
+    places = eqn.params["broadcast_dimensions"]
+    sizes = dict(zip(places, eqn.invars[0].aval.shape, strict=True))
+    return [sizes.get(axis, 1) for axis in range(len(eqn.params["shape"]))]
 
 
 def _fresh(value: Any, index: int) -> Any:

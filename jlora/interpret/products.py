@@ -115,6 +115,16 @@ def placed_as(x: Any, like: Any) -> Any:
     return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*entries)))
 
 
+def uncut(x: Any, axis: int, count: int) -> Any:
+    """x, on a mesh of explicit axes with an axis whole where its shards would cut one of `count` blocks."""
+    sharding = jax.typeof(x).sharding
+    entry = sharding.spec[axis] if sharding.mesh.explicit_axes else None
+    if not entry or count % math.prod(sharding.mesh.shape[name] for name in names(entry)) == 0:
+        return x
+    spec = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
+    return jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec(*spec)))
+
+
 def scaled(x: Any, scale: float) -> Any:
     return x if scale == 1 else lax.mul(x, np.asarray(scale, x.dtype))
 

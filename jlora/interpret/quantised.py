@@ -76,7 +76,14 @@ class Quantised:
 
     def indexed(self) -> Quantised:
         """The weight with its layer taken out of the stack."""
-        pick = lambda x: functools.reduce(lambda x, i: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), self.layer, x)
+        sizes = self.stored.shape[: len(self.layer)]
+
+        def pick(x: Any) -> Any:
+            for n, i in zip(sizes, self.layer, strict=True):
+                at = i if x.shape[0] == n else i // (n // x.shape[0])  # where layers share a scale
+                x = lax.dynamic_index_in_dim(x, at, 0, keepdims=False)
+            return x
+
         return self.replace(stored=jax.tree.map(pick, self.stored), layer=())
 
     def settled(self) -> Any:

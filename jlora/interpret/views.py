@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.interpret.arithmetic import ARITHMETIC
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.joins import JOINS
 from jlora.interpret.moves import MOVES
 from jlora.interpret.quantised import bound
 from jlora.interpret.stored import regrouped
@@ -156,91 +158,6 @@ def _tupled(base: Any, *factors: Any) -> tuple[Any, ...]:
     return base, *factors
 
 
-def scale(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
-    """A weight times, or over, a scalar."""
-    weight, scalar = (x, y) if isinstance(x, Tracked) else (y, x)
-    divides_by_weight = eqn.primitive.name == "div" and weight is y
-    if isinstance(scalar, Tracked) or jnp.ndim(scalar) or divides_by_weight:
-        return DECLINED
-    base = bound(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)])
-    number = jnp.asarray(scalar, scalar.dtype if hasattr(scalar, "dtype") else base.dtype)
-    change = lambda a: a / number if eqn.primitive.name == "div" else a * number
-    return _times(weight, base, change)
-
-
-def negate(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
-    return _times(weight, bound(eqn, [weight.base]), lambda a: -a)
-
-
-def _times(weight: Any, base: Any, change: Callable[[Any], Any]) -> Any:
-    """A weight times a number: the base is, and one of the low-rank factors."""
-    if isinstance(weight, Factored) and not weight.pair:
-        return weight.replace(base=base)
-    first, *rest = weight.factors
-    return weight.replace(base=base, factors=(change(first), *rest))
-
-
-def concatenate(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
-    """Weights side by side: stacked along a new or a batch axis, or fused as blocks over the ranks."""
-    axis = eqn.params["dimension"]
-    return _joined(eqn, [p.base if isinstance(p, Tracked) else p for p in pieces], pieces, axis)
-
-
-def stack(_: Interpreter, eqn: Any, *pieces: Any) -> Any:
-    """Weights along a new axis, a primitive of its own since JAX 0.11."""
-    axis = eqn.params["axis"]
-    bases = [p.base if isinstance(p, Tracked) else p for p in pieces]
-    if not all(isinstance(piece, Tracked) for piece in pieces):
-        return DECLINED
-    widened = [p.view(_expanded(p.base, axis), lambda f: jnp.expand_dims(f, axis)) for p in pieces]
-    return _joined(eqn, bases, widened, axis)
-
-
-def _expanded(base: Any, axis: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*base.shape[:axis], 1, *base.shape[axis:]), base.dtype)
-
-
-def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) -> Any:
-    if not all(isinstance(piece, Factored) and piece.roles == ("a", "b") and not piece.tap for piece in pieces):
-        return DECLINED
-    if len({piece.dropout for piece in pieces}) > 1:
-        return DECLINED
-    owners = {_owners(piece, axis) for piece in pieces}
-    blocks = len(owners) == 1 and len(min(owners)) == 1
-    if not blocks and not all(p.base.shape[axis] == 1 or len(_owners(p, axis)) == len(p.factors) for p in pieces):
-        return DECLINED
-    scaled = [(piece.factors[0] * piece.scale, *piece.factors[1:]) for piece in pieces]
-    groups = list(zip(*scaled, strict=True))
-    if not all(_fit(group, {axis, group[0].ndim - 1} if blocks else {axis}) for group in groups):
-        return DECLINED
-    (owner,) = min(owners) if blocks else (None,)
-    along = [-1 if blocks and i != owner else axis for i in range(len(groups))]
-    padded = [_blocks(group) if i == owner else group for i, group in enumerate(groups)]
-    return pieces[0].replace(
-        base=bound(eqn, bases),
-        factors=tuple(jnp.concatenate(group, n) for group, n in zip(padded, along, strict=True)),
-        name="+".join(dict.fromkeys(piece.name for piece in pieces)),
-        scale=1.0,
-    )
-
-
-def _owners(piece: Tracked, axis: int) -> tuple[int, ...]:
-    return tuple(i for i, factor in enumerate(piece.factors) if axis in piece.owned(factor))
-
-
-def _fit(factors: Sequence[Any], free: set[int]) -> bool:
-    """Whether the shapes agree but on the `free` axes."""
-    return len({tuple(n for i, n in enumerate(factor.shape) if i not in free) for factor in factors}) == 1
-
-
-def _blocks(factors: Sequence[Any]) -> list[Any]:
-    """Each factor in its own columns of the rank, zeros elsewhere."""
-    ranks = [factor.shape[-1] for factor in factors]
-    places = [(sum(ranks[:i]), sum(ranks[i + 1 :])) for i in range(len(ranks))]
-    pad = lambda factor, place: jnp.pad(factor, [(0, 0)] * (factor.ndim - 1) + [place])
-    return [pad(factor, place) for factor, place in zip(factors, places, strict=True)]
-
-
 def _whole_turns(rule: Callable[..., Any]) -> Callable[..., Any]:
     """A rule that declines where it would cut the axis of an input transform."""
 
@@ -260,6 +177,8 @@ def _turned_size(weight: Factored) -> int | None:
 
 VIEWS = {
     **MOVES,
+    **ARITHMETIC,
+    **JOINS,
     "convert_element_type": cast,
     "reduce_precision": same,
     "copy": same,
@@ -280,9 +199,4 @@ VIEWS = {
     "split": _whole_turns(split),
     "tile": _whole_turns(tile),
     "unstack": _whole_turns(unstack),
-    "mul": scale,
-    "div": scale,
-    "neg": negate,
-    "concatenate": concatenate,
-    "stack": stack,
 }
