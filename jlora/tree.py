@@ -23,7 +23,7 @@ TRAINABLE, FROZEN = "trainable", "frozen"
 
 
 class MergePrecisionWarning(UserWarning):
-    """The merged kernel's type is too coarse for the adapter: rounding took most of it."""
+    """The merged kernel's type does not hold the adapter: rounding took most of it, or sums became infinite."""
 
 
 def merge(tree: Any, *, dtype: Any = None) -> Any:
@@ -45,8 +45,8 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
         tree is one half of `partition`.
 
     Warns:
-      MergePrecisionWarning: if rounding to the kernel's type loses more than half of an adapter (seen only where the
-        values are known, so not under jit).
+      MergePrecisionWarning: if rounding to the kernel's type loses more than half of an adapter, or a sum is infinite
+        in it (seen only where the values are known, so not under jit).
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -106,6 +106,16 @@ def _check_precision(path: str, value: Factored, merged: Any) -> None:
     if is_traced(merged) or jnp.finfo(merged.dtype).bits >= 32:
         return
     base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
+    if count := int(jnp.sum(jnp.isinf(merged) & jnp.isfinite(exact))):
+        largest = float(jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0)))
+        warnings.warn(
+            f"merge: {count} weights of {path} are infinite in {merged.dtype.name}: the largest is {largest:.4g}, and "
+            f"that type ends at {float(jnp.finfo(merged.dtype).max):.4g}; merge(tree, dtype=jnp.bfloat16) or float32 "
+            "holds it",
+            MergePrecisionWarning,
+            stacklevel=4,
+        )
+        return
     rounded = value.base.astype(merged.dtype).astype(jnp.float32)
     delta = jnp.linalg.norm((exact - base).ravel())
     lost = jnp.linalg.norm((merged.astype(jnp.float32) - rounded - (exact - base)).ravel())

@@ -39,8 +39,8 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
       lora_b (batch..., rank, out...).
 
     Raises:
-      ValueError: if a pattern matches nothing, two leaves have one path, a kernel's axes are ambiguous, its type is no floating one, the rank is
-        larger than the kernel, or the variant does not have such a use of a kernel.
+      ValueError: if a pattern matches nothing, two leaves have one path, a kernel's axes are ambiguous, its type is no
+        floating one, the rank is larger than the kernel, or the variant does not have such a use of a kernel.
       TypeError: if the tree is wrapped already.
 
     Example:

@@ -1067,7 +1067,7 @@ def kernel_masked(p, x):
     return x @ jnp.triu(p["w"])
 
 
-@program({"w": "6i 10o", "g": "10"}, (5, 6), kind="other", factored=False)
+@program({"w": "6i 10o", "g": "10"}, (5, 6), factored=False)
 def kernel_normalised(p, x):
     return x @ (p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0))
 

@@ -31,7 +31,8 @@ from tests.support import evaluated, filled
 SIZES = (4, 8)
 GLOBALS = {"jax": jax, "jnp": jnp, "lax": lax, "np": np, "checkpoint_name": checkpoint_name}
 KINDS = ("lora", "lora", "lora", *VARIANTS, "ia3 in")
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15, "float16": 0.03}
+OPTIONS = {"oft": {"block_size": 4}, "boft": {"block_size": 2, "factors": 2}, "lokr": {"factor": 2}}
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,10 @@ def arguments(dtype: Any = jnp.float32) -> dict[str, Any]:
     rng = np.random.default_rng(7)
     noise = lambda *shape: jnp.asarray(0.7 * rng.standard_normal(shape), dtype)
     return {
-        "x4": noise(3, 4), "x8": noise(3, 8), "y4": noise(2, 3, 4), "y8": noise(2, 3, 8), "u4": noise(4), "u8": noise(8),
-        "m44": noise(4, 4), "m48": noise(4, 8), "m84": noise(8, 4), "m88": noise(8, 8),
-        "c": jnp.asarray(0.6, dtype), "i": jnp.asarray(1), "ids": jnp.asarray([0, 3, 2]), "far": jnp.asarray([1, 9, -1]),
-        "flag": jnp.asarray(True),
+        "x4": noise(3, 4), "x8": noise(3, 8), "y4": noise(2, 3, 4), "y8": noise(2, 3, 8),
+        "u4": noise(4), "u8": noise(8), "m44": noise(4, 4), "m48": noise(4, 8), "m84": noise(8, 4), "m88": noise(8, 8),
+        "c": jnp.asarray(0.6, dtype), "i": jnp.asarray(1), "flag": jnp.asarray(True),
+        "ids": jnp.asarray([0, 3, 2]), "far": jnp.asarray([1, 9, -1]),
     }  # fmt: skip
 
 
@@ -175,8 +176,8 @@ def gather(d: Drawing) -> str:
         f"jnp.take({name}, {ids}, axis={axis}, mode='{d.one(['clip', 'wrap'])}')",
         f"jnp.take({name}, {ids}, axis={axis}, mode='fill', fill_value={d.one([0.0, -1.0])})",
         f"jax.vmap(lambda i: lax.dynamic_index_in_dim({name}, i, {axis}, keepdims=False))(ids)",
-        f"jax.vmap(lambda i: {name}[i])(ids)",
-        f"{name}[ids]",
+        f"jax.vmap(lambda i: {name}[i])(ids % {w.shape[0]})",
+        f"{name}[ids % {w.shape[0]}]",
         f"jnp.take_along_axis({name}, jnp.broadcast_to(i, {(*w.shape[:-1], 1)}), axis=-1)",
     ])  # fmt: skip
 
@@ -235,7 +236,8 @@ def densely(d: Drawing) -> str:
     return d.one([
         f"jnp.tanh({name})", f"{name} / jnp.linalg.norm({name}, axis={axis}, keepdims=True)", f"{name} * {name}",
         f"jax.nn.softmax({name}, axis={axis})", f"jnp.cumsum({name}, {axis})", f"lax.map(lambda r: 2.0 * r, {name})",
-        f"lax.associative_scan(jnp.add, {name})", f"jnp.sort({name}, {axis})", f"{name} - {name}.mean({axis}, keepdims=True)",
+        f"lax.associative_scan(jnp.add, {name})", f"jnp.sort({name}, {axis})",
+        f"{name} - {name}.mean({axis}, keepdims=True)",
     ])  # fmt: skip
 
 
@@ -291,7 +293,7 @@ def matrix_use(d: Drawing) -> str:
         f"jax.grad(lambda h: jnp.sum(jnp.tanh(h @ {name})))({x})",
         f"jax.jvp(lambda h: h @ {name}, ({x},), ({x},))[1]",
         f"jax.linear_transpose(lambda h: h @ {name}, {x})({x})[0]",
-        f"jax.vmap(lambda r: lax.while_loop(lambda s: jnp.abs(s).sum() > 2, lambda s: 0.5 * jnp.tanh(s @ {name}), r))({x})",
+        f"jax.vmap(lambda r: lax.while_loop(lambda s: abs(s).sum() > 2, lambda s: 0.3 * jnp.sin(s @ {name}), r))({x})",
         f"jnp.einsum('ti,ij,jk->tk', {x}, {name}, {name})",
         f"{x} @ {name} @ {name}.T",
         f"{x}[:0] @ {name}",
@@ -339,7 +341,8 @@ def other_use(d: Drawing) -> str:
 
 def activation(d: Drawing) -> str:
     name, x = d.value()
-    return d.one([f"jnp.tanh({name})", f"{name} * c", f"{name}.sum(-1)" if x.ndim else f"{name} + 1", f"{name}[..., :4]"])
+    total = f"{name}.sum(-1)" if x.ndim else f"{name} + 1"
+    return d.one([f"jnp.tanh({name})", f"{name} * c", total, f"{name}[..., :4]"])
 
 
 VIEWS = (transpose, reshape, cut, gather, grow, arithmetic, together, marked, densely)
@@ -393,11 +396,10 @@ def wrapped(program: Random) -> Any:
     rng = np.random.default_rng(3)
     noise = lambda shape: jnp.asarray(0.6 * rng.standard_normal(shape), program.dtype)
     params = {name: noise(shape) for name, shape in program.sizes.items()}
-    groups = {name: [tuple(i for i, r in enumerate(text) if r == role) for role in "iob"] for name, text in program.roles.items()}
-    axes = {f"re:{name}": jlora.Axes(*of) for name, of in groups.items()}
+    group = lambda text, role: tuple(i for i, letter in enumerate(text) if letter == role)
+    axes = {f"re:{name}": jlora.Axes(*(group(text, role) for role in "iob")) for name, text in program.roles.items()}
     variant, _, on = program.kind.partition(" ")
-    options = {"oft": {"block_size": 4}, "boft": {"block_size": 2, "factors": 2}, "lokr": {"factor": 2}}.get(variant, {})
-    options = {"on": "in"} if on else options
+    options = {"on": "in"} if on else OPTIONS.get(variant, {})
     spec = jlora.LoraSpec(targets=tuple(axes), axes=axes, rank=2, alpha=2, variant=variant, options=options)
     if program.quantised:
         params = jlora.quant.quantize(params, program.quantised, targets=tuple(axes), axes=axes, tile=2)
@@ -406,7 +408,16 @@ def wrapped(program: Random) -> Any:
 
 
 def check(program: Random) -> str:
-    """What is wrong with a program, in a word and a number; nothing if the law holds."""
+    """What is wrong with a program, in a word and a number; nothing if the law holds.
+
+    What differs in bfloat16 is rounding, unless it differs in float32 too.
+    """
+    told = _check(program)
+    is_rounding = told.startswith("is wrong") and program.dtype != "float32"
+    return _check(dataclasses.replace(program, dtype="float32")) if is_rounding else told
+
+
+def _check(program: Random) -> str:
     params, given = wrapped(program), arguments(program.dtype)
     dense = jnp.dtype(program.dtype) if program.quantised else None
     merged = lambda tree: program.fn(jlora.merge(tree, dtype=dense), given)
@@ -417,7 +428,7 @@ def check(program: Random) -> str:
         warnings.simplefilter("ignore", jlora.DenseFallbackWarning)
         try:
             found, expected = evaluated(both, params)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return f"raises {type(error).__name__}: {str(error)[:300]}" if _runs(run(merged), params) else ""
     dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (found, expected)]
     if dtypes[0] != dtypes[1]:
@@ -431,7 +442,7 @@ def _runs(fn: Callable[[Any], Any], params: Any) -> bool:
     """Whether a function runs; of one that does not there is nothing to say."""
     try:
         jax.jit(fn)(params)
-    except Exception:  # noqa: BLE001
+    except Exception:
         return False
     return True
 
@@ -451,8 +462,8 @@ def _values(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _with_gradients(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def loss(tree: Any) -> tuple[Any, Any]:
         made = fn(tree)
-        weighed = lambda x: jnp.vdot(jnp.cos(jnp.arange(x.size)), jnp.nan_to_num(jnp.real(x)).ravel().astype(jnp.float32))
-        return sum(map(weighed, made)), made
+        numbers = lambda x: jnp.nan_to_num(jnp.real(x)).ravel().astype(jnp.float32)
+        return sum(jnp.vdot(jnp.cos(jnp.arange(x.size)), numbers(x)) for x in made), made
 
     return jlora.value_and_grad(loss, has_aux=True)
 

@@ -54,8 +54,11 @@ def floats(tree: Any) -> list[np.ndarray]:
 
 
 def error(found: Any, expected: Any) -> float:
-    """The largest difference over the largest value."""
+    """The largest difference over the largest value; infinite where one alone is no number."""
     pairs = list(zip(floats(found), floats(expected), strict=True))
+    if any((np.isnan(x) != np.isnan(y)).any() for x, y in pairs):
+        return np.inf
+    pairs = [(np.nan_to_num(x), np.nan_to_num(y)) for x, y in pairs]
     largest = max((np.abs(y).max(initial=0) for _, y in pairs), default=0) + 1e-6
     return max((np.abs(x - y).max(initial=0) for x, y in pairs), default=0) / largest
 

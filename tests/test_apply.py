@@ -116,6 +116,21 @@ def test_a_returned_tree_is_merged():
     assert_close(returned, {"w": MERGED["w"], "b": MERGED["b"]})
 
 
+def test_dicts_keep_the_order_of_their_keys():
+    """Of those that come in, and of those that are returned: JAX would sort them."""
+
+    def fn(p, batch):
+        y = jnp.zeros((5, 4))
+        for x in batch.values():
+            y = jnp.tanh(y + x @ p["w"])
+        return {"z": y, "a": [{"q": y, "b": 2, "c": {}}], "m": None}
+
+    batch = {"z": X, "a": 2 * X}
+    found, expected = jlora.apply(fn)(WRAPPED, batch), fn(MERGED, batch)
+    assert_close(found, expected)
+    assert list(found) == ["z", "a", "m"] and list(found["a"][0]) == ["q", "b", "c"]
+
+
 def test_several_wrapped_trees_in_one_call():
     other = randomised(jlora.wrap({"w": noise(4, 3)}, SPEC))
     fn = lambda p, x, q: (x @ p["w"]) @ q["w"]
@@ -144,6 +159,62 @@ class _Callable:
 
 def test_the_function_keeps_its_name():
     assert jlora.apply(mlp).__name__ == "mlp"
+
+
+def branching(p, x):
+    return x if jnp.sum(x @ p["w"]) > 0 else -x
+
+
+WITH_VALUES = {
+    "branch": branching,
+    "numpy": lambda p, x: np.asarray(x @ p["w"]),
+    "float": lambda p, x: float(jnp.sum(p["w"])),
+    "index": lambda p, x: [x][p["w"].argmax()],
+}
+
+
+@pytest.mark.parametrize("fn", WITH_VALUES.values(), ids=WITH_VALUES)
+@pytest.mark.parametrize("run", ["apply", "jit", "sites", "explain"])
+def test_values_that_a_trace_has_not_are_asked_for_by_the_users_function(run, fn):
+    """The error is JAX's: it names the function, its line and the leaf, and what to do."""
+    calls = {
+        "apply": lambda: jlora.apply(fn)(WRAPPED, X),
+        "jit": lambda: jax.jit(jlora.apply(fn))(WRAPPED, X),
+        "sites": lambda: jlora.sites(fn, PLAIN, X),
+        "explain": lambda: jlora.explain(fn, WRAPPED, X),
+    }
+    with pytest.raises(jax.errors.JAXTypeError) as caught:
+        calls[run]()
+    message = str(caught.value)
+    assert f"the function {fn.__name__} at {__file__}:{fn.__code__.co_firstlineno}" in message
+    assert "argument params['w']" in message and "jlora" not in message.replace(__file__, "")
+    assert any("jax.lax.cond" in note for note in caught.value.__notes__)
+
+
+def test_a_plan_has_no_values_to_compute_with():
+    plan = jax.eval_shape(lambda: WRAPPED)
+    with pytest.raises(ValueError, match=r"apply: v is a plan, without values; jax.eval_shape\(jlora.apply\(fn\)"):
+        jlora.apply(mlp)(plan, X)
+    assert jax.eval_shape(jlora.apply(mlp), plan, X).shape == (5, 6)
+
+
+KEYS = {
+    "split": (jax.random.split(jax.random.key(0)), "found 2 of them; jax.vmap takes several"),
+    "split, of old style": (jax.random.split(jax.random.PRNGKey(0), (2, 3)), "found 6 of them"),
+    "none at all": (jax.random.split(jax.random.key(0), 0), "found 0 of them"),
+    "of another width": (np.zeros(3, np.uint32), r"found uint32 of shape \(3,\)"),
+    "a number": (np.uint32(0), r"found uint32 of shape \(\)"),
+    "a seed": (0, "found 0"),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_is_one_key(name):
+    key, told = KEYS[name]
+    with pytest.raises(TypeError, match=f"apply: rng must be .*{told}"):
+        jlora.apply(mlp, rng=key)
+    with pytest.raises(TypeError, match=f"wrap: key must be .*{told}"):
+        jlora.wrap(PLAIN, SPEC, key=key)
 
 
 def test_an_exception_of_the_function_comes_through():

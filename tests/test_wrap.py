@@ -19,7 +19,7 @@ import jlora
 from jlora import Axes, LoraParam, LoraSpec, TrainableParam, wrap
 from jlora.nodes.node import is_node
 from jlora.targets.paths import flatten
-from tests.support import same_bits
+from tests.support import error, randomised, same_bits
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
@@ -454,3 +454,69 @@ def test_a_target_of_vectors_alone_lists_them_in_order():
         ValueError, match=r"matches a/scale, b/scale, c/scale, d/scale, e/scale and 2 more, none of which"
     ):
         wrap(params, LoraSpec(targets="scale"))
+
+
+# -------------------------------------------------------------------------------- one reading, or none
+
+
+@pytest.mark.parametrize(
+    "tree, told",
+    [
+        ({"a": {"b/kernel": 0}, "a/b": {"kernel": 1}}, r"\['a'\]\['b/kernel'\] and \['a/b'\]\['kernel'\]"),
+        ({"a/kernel": 0, "a": {"kernel": 1}}, r"\['a'\]\['kernel'\] and \['a/kernel'\]"),
+        ({"0": {"kernel": 0}, "x": [], "0/kernel": 1}, r"\['0'\]\['kernel'\] and \['0/kernel'\]"),
+    ],
+)
+def test_two_leaves_of_one_path_are_refused(tree, told):
+    tree = jax.tree.map(lambda _: jnp.ones((4, 4)), tree)
+    with pytest.raises(ValueError, match=f"wrap: {told} have the same path"):
+        jlora.wrap(tree, jlora.LoraSpec(rank=2))
+    with pytest.raises(ValueError, match=f"quantize: {told} have the same path"):
+        jlora.quant.quantize(tree, "int8")
+    with pytest.raises(ValueError, match=f"sites: {told} have the same path"):
+        jlora.sites(lambda p: 0, tree)
+
+
+SQUARES = {"w0": jnp.ones((4, 4)), "w1": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+
+
+def passed_through_tanh(p, x):
+    return x @ p["w0"] @ jnp.tanh(p["w1"]) + p["bias"]
+
+
+@pytest.mark.parametrize("targets", [["w*"], ["w1"], [re.compile("w[01]")], lambda path, leaf: leaf.ndim == 2])
+def test_a_target_that_is_used_otherwise_is_told_its_use(targets):
+    sites = jlora.sites(passed_through_tanh, SQUARES, jnp.ones((3, 4)))
+    line = passed_through_tanh.__code__.co_firstlineno + 1
+    with pytest.raises(ValueError, match=rf"w1 of shape \(4, 4\) is a target.*other \(tanh\).*test_wrap.py:{line} "):
+        jlora.wrap(SQUARES, jlora.LoraSpec(targets=targets, rank=2), sites=sites)
+
+
+def test_a_target_that_is_used_otherwise_is_adapted_by_its_axes_or_excluded():
+    sites = jlora.sites(passed_through_tanh, SQUARES, jnp.ones((3, 4)))
+    given = {"w1": jlora.Axes((0,), (1,))}
+    both = jlora.wrap(SQUARES, jlora.LoraSpec(targets=["w*"], rank=2, axes=given), sites=sites)
+    one = jlora.wrap(SQUARES, jlora.LoraSpec(targets=["w*"], rank=2, exclude=["w1"]), sites=sites)
+    assert [name for name in SQUARES if isinstance(both[name], jlora.LoraParam)] == ["w0", "w1"]
+    assert [name for name in SQUARES if isinstance(one[name], jlora.LoraParam)] == ["w0"]
+    filled, x = randomised(both), jnp.ones((3, 4))
+    found = jlora.apply(passed_through_tanh, fallback="ignore")(filled, x)
+    assert error(found, passed_through_tanh(jlora.merge(filled), x)) <= 2e-5
+
+
+STACK = {"up": {"kernel": jnp.ones((4, 8, 8)), "bias": jnp.ones((4, 8))}, "head": {"bias": jnp.ones(4)}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bias": "lora_only"}, {"lora_bias": True}, {"train": ["up/bias"]}], ids=lambda s: next(iter(s))
+)
+def test_a_bias_of_all_layers_does_not_train_beside_a_kernel_of_some(settings):
+    axes = {"up/kernel": jlora.Axes((1,), (2,), (0,))}
+    spec = jlora.LoraSpec(targets=["up"], rank=2, axes=axes, layers=[1, 3], **settings)
+    with pytest.raises(ValueError, match=r"layers=\[1, 3\] adapts these of up/kernel, but up/bias beside it stacks 4"):
+        jlora.wrap(STACK, spec)
+    every = jlora.wrap(STACK, dataclasses.replace(spec, layers=[0, 1, 2, 3]))
+    assert jlora.partition(every)[0]["up"]["bias"] is not None
+    # What is named and stands beside no such kernel trains as it is.
+    head = jlora.wrap(STACK, dataclasses.replace(spec, bias="none", lora_bias=False, train=["head"]))
+    assert isinstance(head["head"]["bias"], jlora.TrainableParam)

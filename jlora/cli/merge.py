@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.place import place
 from jlora.peft.read import CONFIG, WEIGHTS, read
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
-from jlora.tree import merge
+from jlora.tree import MergePrecisionWarning, merge
 
 MARK = "jlora-merge.json"
 OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")
@@ -57,7 +58,8 @@ def run(given: argparse.Namespace) -> int:
     nodes = {name: leaf for name, leaf in place(adapter, shapes).items() if is_node(leaf)}
     partial = given.out.with_name(given.out.name + ".partial")
     _begin(partial, _identity(given, files))
-    merger = Merger(nodes, adapter.start, None if given.dtype is None else jnp.dtype(given.dtype))
+    dtype = None if given.dtype is None else jnp.dtype(given.dtype)
+    merger = Merger(nodes, adapter.start, dtype, given.allow_nonfinite)
     with _progress(files) as advance:
         for name, file in files.items():
             if (partial / name).exists():  # of an earlier run: a file appears when it is whole
@@ -103,6 +105,7 @@ class Merger(NamedTuple):
     nodes: Mapping[str, Any]
     start: str | None
     dtype: Any
+    allow_nonfinite: bool
 
     def info(self, name: str, info: TensorInfo) -> TensorInfo:
         """What a tensor becomes."""
@@ -114,7 +117,19 @@ class Merger(NamedTuple):
         if name not in self.nodes:
             return array
         node = onto(self.nodes[name], array, self.start)
-        return np.asarray(merge({name: node}, dtype=self.dtype)[name])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="merge: .* are infinite in", category=MergePrecisionWarning)
+            made = np.asarray(merge({name: node}, dtype=self.dtype)[name])
+        if not self.allow_nonfinite and _count_nonfinite(made) > _count_nonfinite(array):
+            raise ValueError(
+                f"{name}: {_count_nonfinite(made)} weights are not finite when they are merged into {made.dtype}; "
+                "--dtype bfloat16 or float32 holds larger ones, --allow-nonfinite writes them as they are"
+            )
+        return made
+
+
+def _count_nonfinite(x: np.ndarray) -> int:
+    return x.size - int(np.count_nonzero(np.isfinite(x.astype(np.float32))))
 
 
 def _merge_file(file: TensorFile, merger: Merger, path: Path, advance: Callable[[int], None]) -> None:

@@ -53,6 +53,9 @@ def plus(_: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
     """Sums and differences: of two weights one whose rank is the sum of theirs, of a weight and an array one of it."""
     if not all(_is_low_rank(v) for v in (x, y) if isinstance(v, Tracked)):
         return DECLINED
+    made = tuple(eqn.outvars[0].aval.shape)
+    if any(tuple(v.base.shape) != made for v in (x, y) if isinstance(v, Tracked)):
+        return DECLINED
     if not (isinstance(x, Tracked) and isinstance(y, Tracked)) and _is_repeated(x if isinstance(x, Tracked) else y):
         return DECLINED
     base = bound(eqn, [array_of(v.base) if isinstance(v, Tracked) else v for v in (x, y)])
@@ -67,13 +70,13 @@ def _is_low_rank(weight: Tracked) -> bool:
     return isinstance(weight, Factored) and weight.roles in ((), ("a", "b")) and weight.tap is None
 
 
-def _is_repeated(weight: Factored) -> bool:
+def _is_repeated(weight: Any) -> bool:
     """Whether a weight is the same all along an axis, as where it meets a batch of activations."""
     owned = {axis for factor in weight.factors for axis in weight.owned(factor)}
     return any(n != 1 and axis not in owned for axis, n in enumerate(weight.base.shape))
 
 
-def _with_scale(weight: Factored, sign: int) -> Factored:
+def _with_scale(weight: Any, sign: int) -> Any:
     """The same weight, or the negative one, with its scale in a factor."""
     if not weight.pair:
         return weight
@@ -81,7 +84,7 @@ def _with_scale(weight: Factored, sign: int) -> Factored:
     return weight.replace(factors=(a * (sign * weight.scale), b), scale=1.0)
 
 
-def _summed(base: Any, x: Factored, y: Factored) -> Any:
+def _summed(base: Any, x: Any, y: Any) -> Any:
     if not (x.pair and y.pair):
         return (x if x.pair else y).replace(base=base)
     if x.dropout != y.dropout:

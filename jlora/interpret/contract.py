@@ -35,7 +35,8 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     weight: Any = lhs if is_left else rhs
     shapes = [value.ndim if isinstance(value, Tracked) else jnp.ndim(value) for value in (lhs, rhs)]
     ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *shapes)
-    x, xs, ws = (rhs, rs, ls) if is_left else (lhs, ls, rs)
+    x: Any = rhs if is_left else lhs
+    xs, ws = (rs, ls) if is_left else (ls, rs)
     ends = Ends.of(weight, ws, xs, out)
     if ends is None:
         return DECLINED
@@ -137,20 +138,21 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     rows = bound(eqn, [weight.base, indices])
     factors = tuple(lookup.taken(factor, weight.owned(factor), indices) for factor in weight.factors)
     picked = weight.replace(base=rows, factors=factors)
-    if lookup.may_fill:
-        picked = _unfilled(picked, weight, lookup, indices)
+    inside = lookup.is_inside(indices)[..., None] if lookup.may_fill else None
     if not _gives_rows(weight, lookup):
-        return picked
+        return picked if inside is None else _unfilled(picked, weight, lookup, inside, indices)
     interpreter.factored(weight, eqn, "embedding")
-    rows = array_of(rows)
+    rows, gain = array_of(rows), picked.gain
     if pair := picked.pair:
         dtype = computing(rows.dtype)
         a, b = (cast(factor, dtype) for factor in pair)
-        rows = cast(cast(rows, dtype) + cast(product(picked, a * picked.scale, b), dtype), rows.dtype)
-    labels = tuple(range(rows.ndim))
-    if picked.gain is None:
+        update = cast(product(picked, a * picked.scale, b), dtype)
+        update = update if inside is None else jnp.where(inside[..., 0], update, 0)
+        rows = cast(cast(rows, dtype) + update, rows.dtype)
+    if gain is None:
         return rows
-    return scaled_by(rows, labels, whole(picked, picked.gain)[..., 0], picked.owned(picked.gain))
+    gain = gain if inside is None else jnp.where(inside, gain, 1)
+    return scaled_by(rows, tuple(range(rows.ndim)), whole(picked, gain)[..., 0], picked.owned(gain))
 
 
 def _gives_rows(weight: Factored, lookup: Lookup) -> bool:
@@ -165,22 +167,24 @@ def _gives_rows(weight: Factored, lookup: Lookup) -> bool:
     return not moving & first or first <= lookup.picked
 
 
-def _unfilled(picked: Factored, weight: Factored, lookup: Lookup, indices: Any) -> Factored:
-    """The weights looked up, where rows out of bounds are the function's own value and nothing adapts it."""
-    inside = lookup.is_inside(indices)[..., None]
-    is_zero = any({*lookup.numbers.start_index_map} <= {*weight.owned(factor)} for factor in weight.pair or ())
+def _unfilled(picked: Factored, weight: Factored, lookup: Lookup, inside: Any, indices: Any) -> Factored:
+    """The weights looked up; what is out of bounds is the function's own value, and nothing adapts it.
 
-    def unfilled(factor: Any, role: str, stride: int | None) -> Any:
+    What flows back from there is nothing to the factors either, be it no number.
+    """
+
+    def unfilled(factor: Any, given: Any, role: str, stride: int | None) -> Any:
         if role == "gain":
             return jnp.where(inside, factor, 1)
         if role == "turn":
             still = weight.no_turn(factor.shape[-1], stride or 1)
             return jnp.where(inside, factor, lookup.taken(still, (weight.turned_axis or 0,), indices))
-        return jnp.where(inside, factor, 0) if role == "a" and not is_zero else factor
+        is_dropped = role == "mark" or {*lookup.numbers.start_index_map} <= {*weight.owned(given)}
+        return factor if is_dropped else jnp.where(inside, factor, 0)
 
     strides = iter(weight.strides)
     steps = [next(strides) if role == "turn" else None for role in weight.roles]
-    return picked.replace(factors=tuple(map(unfilled, picked.factors, weight.roles, steps)))
+    return picked.replace(factors=tuple(map(unfilled, picked.factors, weight.factors, weight.roles, steps)))
 
 
 def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:

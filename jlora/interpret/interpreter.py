@@ -72,8 +72,8 @@ class Interpreter:
 
     def thin(self, atom: Any, x: Any) -> Any:
         """The value of an equation's input, of size 1 on the axes along which it was made by repeating another."""
-        operand, shape = (None, None) if compat.is_literal(atom) else self._walk.thin[-1].get(atom, (None, None))
-        return x if shape is None else jnp.reshape(operand, shape)
+        found = None if compat.is_literal(atom) else self._walk.thin[-1].get(atom)
+        return x if found is None else jnp.reshape(*found)
 
     def place(self, eqn: Any) -> tuple[int, ...]:
         """Tells a use of this walk from all others."""

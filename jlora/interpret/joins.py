@@ -37,7 +37,7 @@ def _expanded(base: Any, axis: int) -> jax.ShapeDtypeStruct:
 
 
 def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) -> Any:
-    adapted = [piece for piece in pieces if isinstance(piece, Tracked) and piece.factors]
+    adapted: list[Any] = [piece for piece in pieces if isinstance(piece, Tracked) and piece.factors]
     if not all(isinstance(piece, Factored) and piece.roles == ("a", "b") and not piece.tap for piece in adapted):
         return DECLINED
     if not adapted or len({piece.dropout for piece in adapted}) > 1:

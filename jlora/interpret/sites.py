@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.interpret import compat
+from jlora.interpret.arithmetic import times
 from jlora.interpret.contract import dot_labels
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Tracked
@@ -80,6 +81,11 @@ class Probe(Tracked):
     def paths(self) -> list[str]:
         return list(dict.fromkeys(path for path, _ in self.owners))
 
+    @property
+    def wide(self) -> set[int]:
+        """The axes that are those of a leaf."""
+        return {axis for factor in self.factors for axis in self.owned(factor)}
+
     def axes_on(self, axes: Iterable[int]) -> set[Owner]:
         """The axes of leaves that stand on any of the given axes."""
         wanted = set(axes)
@@ -133,6 +139,8 @@ class _Observer:
             "gather": self.gather,
             "concatenate": self.concatenate,
             "stack": self.concatenate,
+            "mul": self.times,
+            "div": self.times,
         }
 
     def dot_general(self, walk: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -176,6 +184,16 @@ class _Observer:
         picked = weight.view(rows, change).replace(looked_up=frozenset(looked_up))
         is_matrix = len(picked.axes_on(range(rows.ndim))) >= 2
         return picked if is_matrix or not lookup.picked else self.other(walk, picked, eqn)
+
+    def times(self, walk: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
+        """A kernel times a vector that is a leaf too stays under observation; the vector's use is another."""
+        if not (isinstance(x, Probe) and isinstance(y, Probe)):
+            return times(walk, eqn, x, y)
+        few, many = sorted((x, y), key=lambda probe: len(probe.wide))
+        if not few.wide < many.wide or (eqn.primitive.name == "div" and many is y):
+            return DECLINED
+        self.other(walk, few, eqn)
+        return many.replace(base=compat.bind(eqn, [x.base, y.base]))
 
     def concatenate(self, _: Interpreter, eqn: Any, *pieces: Any) -> Probe:
         """Leaves side by side are observed together."""

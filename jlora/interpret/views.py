@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -151,11 +150,7 @@ def split(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     bases = bound(eqn, [weight.base])
     pieces = [lax.split(f, sizes, axis) if axis in weight.owned(f) else [f] * len(sizes) for f in weight.factors]
-    return [weight.replace(base=b, factors=fs) for b, *fs in map(_tupled, bases, *pieces)]
-
-
-def _tupled(base: Any, *factors: Any) -> tuple[Any, ...]:
-    return base, *factors
+    return [weight.replace(base=b, factors=tuple(piece[i] for piece in pieces)) for i, b in enumerate(bases)]
 
 
 def _whole_turns(rule: Callable[..., Any]) -> Callable[..., Any]:

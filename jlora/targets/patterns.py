@@ -138,25 +138,34 @@ def _skip(reached: set[int], wanted: list[str]) -> set[int]:
 
 
 def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]:
-    """The paths (of leaves and of modules) whose ends, or whose last names, look most like those of `pattern`."""
-    text = (pattern.pattern if isinstance(pattern, re.Pattern) else pattern).removeprefix("re:").removeprefix(MODULE)
-    wanted, depth = text.lower(), text.count("/") + 1
+    """The paths (of leaves and of modules) whose ends look most like `pattern`."""
+    wanted = _words(text_of(pattern)).lower()
+    depth = wanted.count("/") + 1
     candidates = dict.fromkeys(name for path in paths for name in (path, module_of(path)) if name)
     best: dict[str, tuple[float, str]] = {}
     for name in candidates:
         tail = "/".join(name.lower().split("/")[-depth:])
-        likeness = max(_likeness(wanted, tail), _likeness(_last(wanted), _last(tail)) - 0.01)
-        best.setdefault(tail, (likeness, name))
+        best.setdefault(tail, (_likeness(wanted, tail), name))
     close = sorted((found for found in best.values() if found[0] >= 0.3), key=lambda found: -found[0])
     return [name for _, name in close[:count]] or list(candidates)[:count]
 
 
-def _last(path: str) -> str:
-    return path.rpartition("/")[2]
+def _words(text: str) -> str:
+    """A pattern without what only regular expressions have."""
+    is_dotted = text.startswith(MODULE)
+    text = re.sub(r"\(\?\w+\)|\.[*+]|[\\^$*+?()|]", "", text.removeprefix("re:").removeprefix(MODULE)).strip("/.")
+    return text.replace(".", "/") if is_dotted else text
 
 
-def _likeness(wanted: str, name: str) -> float:
-    """From 0 to 1; high for a name that is the beginning of the other up to a word's end, as ``q`` of ``q_proj``."""
+def _likeness(wanted: str, path: str) -> float:
+    """From 0 to 1: of name and name from the end, on the average."""
+    names = wanted.split("/")
+    pairs = zip(reversed(names), reversed(path.split("/")), strict=False)
+    return sum(itertools.starmap(_of_names, pairs)) / len(names)
+
+
+def _of_names(wanted: str, name: str) -> float:
+    """High for a name that is the beginning of the other up to a word's end, as ``q`` of ``q_proj``."""
     short, long = sorted((wanted, name), key=len)
     is_word = bool(short) and re.match(re.escape(short) + r"(?:[_.\d-]|$)", long) is not None
     return max(difflib.SequenceMatcher(None, wanted, name).ratio(), 0.8 * is_word)

@@ -126,8 +126,9 @@ def _check_uses(named: set[str], by_path: Mapping[str, Any], sites: Sites | None
         if sites is not None and sites[path].uses and is_kernel(path, leaf, None):
             raise ValueError(
                 f"wrap: {path} of shape {tuple(leaf.shape)} is a target, but its use tells no axes: "
-                f"{sites[path].describe()}. Exclude it, exclude=({path!r},), or say its axes, LoraSpec(axes={{{path!r}: "
-                "jlora.Axes(in_axis, out_axis)}): it is then computed densely where it is used so"
+                f"{sites[path].describe()}. Exclude it, exclude=({path!r},), or say its axes, "
+                f"LoraSpec(axes={{{path!r}: jlora.Axes(in_axis, out_axis)}}): it is then computed densely where it is "
+                "used so"
             )
 
 

@@ -248,3 +248,17 @@ def test_it_runs_as_a_module(home):
     environment = os.environ | {"PYTHONPATH": str(Path(jlora.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "the same" in done.stdout, done.stderr
+
+
+def test_merge_writes_no_infinite_weights_unless_it_is_told_to(home, capsys):
+    trainable, frozen = jlora.partition(adapted("lora"))
+    large = jlora.combine(jax.tree.map(lambda x: np.full_like(x, 3e2), trainable), frozen)
+    jlora.peft.save("large", large)
+    assert main(["merge", "base", "large", "out", "--dtype", "float16"]) != 0
+    told = capsys.readouterr().err
+    assert "not finite when they are merged into float16" in told and "--allow-nonfinite" in told
+    assert not (home / "out").exists()
+    assert main(["merge", "base", "large", "out", "--dtype", "float16", "--allow-nonfinite"]) == 0
+    merged = jlora.peft.from_safetensors("out")
+    assert any(np.isinf(np.asarray(x, np.float32)).any() for x in jax.tree.leaves(merged))
+    assert main(["merge", "base", "large", "out", "--force", "--dtype", "float32"]) == 0

@@ -5,32 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 
 import jlora
 from jlora.variants import AdaptedParam, frozen, gained, plain, static, trained
-from tests.support import error, evaluated, randomised
-
-RNG = np.random.default_rng(0)
-
-
-def noise(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
-
-
-def wrapped(kernel, axes, **settings):
-    spec = jlora.LoraSpec(targets="w", axes={"w": axes}, **({"rank": 2} | settings))
-    return randomised(jlora.wrap({"w": kernel}, spec))
-
-
-def check(fn, params, *args, fallback="error"):
-    """Values and gradients are those of the merged kernel."""
-    run = lambda fn: jlora.value_and_grad(lambda p: (jnp.sum(jnp.sin(y := fn(p, *args))), y), has_aux=True)
-    merged = lambda p, *args: fn(jlora.merge(p), *args)
-    found, expected = evaluated(lambda p: [run(f)(p) for f in (jlora.apply(fn, fallback=fallback), merged)], params)
-    assert error(found, expected) <= 2e-5
+from tests.interpret.support import check, noise, wrapped
 
 
 def convolve(p, x, **settings):

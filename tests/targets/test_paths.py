@@ -302,3 +302,16 @@ class Attention:
 
 def test_a_field_called_value_keeps_its_name():
     assert flatten({"attention": Attention(1, 2, 3)})[0] == ["attention/query", "attention/key", "attention/value"]
+
+
+ATTENTION = ["layers/attn/q/kernel", "layers/attn/k/kernel", "layers/mlp/up/kernel"]
+
+
+@pytest.mark.parametrize("wanted", ["q_proj", "attn/q_proj", "self_attn/q_proj", "q.proj", "module:.*q_proj"])
+def test_the_nearest_name_by_the_last_one(wanted):
+    """A name that is the beginning of another, as one library's is of another's."""
+    assert nearest(wanted, ATTENTION)[0].startswith("layers/attn/q")
+
+
+def test_the_nearest_name_of_a_longer_path():
+    assert nearest("attention/up_proj/kernel", ATTENTION)[0] == "layers/mlp/up/kernel"

@@ -230,3 +230,20 @@ def test_dora_needs_to_know_how_it_is_split():
     run = jax.shard_map(fn, mesh=mesh, in_specs=(specs, P(None, "tensor")), out_specs=P(), check_vma=False)
     with pytest.raises(ValueError, match="DoRA's norm needs to know how the kernel is split"):
         run(tree, noise(3, 8))
+
+
+@pytest.mark.parametrize("spec", [P("tensor"), P(None, "tensor"), P(("fsdp", "tensor"))], ids=str)
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "boft"])
+def test_what_merge_returns_lies_where_the_base_lies(kind, axes, spec):
+    """Also where the shards cut the blocks of a rotation, and as nothing but a change of the kernel it turns."""
+    mesh, options = mesh_of(axes), {"oft": {"block_size": 16}, "boft": {"block_size": 4, "factors": 2}}.get(kind, {})
+    case = Case(lambda p, x: x @ p["w"], {"w": noise(32, 16)}, (noise(4, 32),))
+    tree = moved(jlora.wrap(case.params, spec_of(kind, case, options=options), sites=case.sites))
+    expected = jlora.merge(tree)["w"]
+    with jax.set_mesh(mesh):
+        base = jax.device_put(tree["w"].base, NamedSharding(mesh, spec))
+        placed = {"w": dataclasses.replace(tree["w"], base=base)}
+        for merged in (jlora.merge(placed), jax.jit(jlora.merge)(placed)):
+            assert merged["w"].sharding.is_equivalent_to(base.sharding, 2)
+            assert error(merged["w"], expected) <= 2e-6
