@@ -359,7 +359,7 @@ def draw(seed: int) -> Random:
     sizes = {name: tuple(d.one((1, 2, 3)) if role == "b" else size() for role in text) for name, text in roles.items()}
     dtype = d.one(["float32"] * 6 + ["bfloat16"])
     quantised = d.one(["int8", "nf4"]) if d.chance(0.25) else None
-    mode = d.one(["grad", "grad", "grad", "jit", "vmap"])
+    mode = d.one(["grad", "grad", "jit", "jit", "vmap"])
     shapes = jax.eval_shape(lambda: arguments(dtype))
     kernels = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in sizes.items()}
     env = {**shapes, "p": kernels}

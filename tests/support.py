@@ -1,11 +1,13 @@
 """What the tests share: specs from the zoo's truths, random adapters, errors, costs."""
 
+import itertools
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jlora
@@ -39,6 +41,14 @@ def adapted(program: Program, base: Any = None) -> Any:
     trainable, frozen = jlora.partition(jlora.wrap(jax.eval_shape(lambda: base), spec_of(program)))
     bases = jax.tree.unflatten(jax.tree.structure(frozen), jax.tree.leaves(base))
     return jlora.combine(filled(trainable), bases)
+
+
+def thinned(share: int, *axes: Any) -> list[Any]:
+    """All combinations of some values, as parameters of a test: one in `share` is quick, by turns, the others slow."""
+    combinations = itertools.product(*map(enumerate, axes))
+    quick = lambda pairs: sum(i for i, _ in pairs) % share == 0
+    slow = lambda pairs: () if quick(pairs) else pytest.mark.slow
+    return [pytest.param(*(value for _, value in pairs), marks=slow(pairs)) for pairs in combinations]
 
 
 def filled(trainable: Any, std: float = 0.3) -> Any:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.random_programs import check, draw, shrunk
 
-COUNT = int(os.environ.get("JLORA_PROGRAMS", "240"))  # in each run; the same ones, from seed 0
+COUNT = int(os.environ.get("JLORA_PROGRAMS", "200"))  # in each run; the same ones, from seed 0
 CHUNK = 20
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import jlora
 from tests.support import error, evaluated, randomised
@@ -13,12 +12,6 @@ RNG = np.random.default_rng(0)
 OPTIONS = {"oft": {"block_size": 4}, "boft": {"block_size": 2, "factors": 2}, "lokr": {"factor": 2}}
 VARIANTS = ("lora", "dora", "ia3", "oft", "boft")  # one for each of what a weight may be made of
 TABLES = ("lora", "dora", "ia3")
-
-
-def variants(*quick: str) -> Any:
-    """All of them; those that others stand for are slow tests."""
-    slow = lambda variant: pytest.param(variant, marks=pytest.mark.slow)
-    return pytest.mark.parametrize("variant", [name if name in quick else slow(name) for name in VARIANTS])
 
 
 def noise(*shape: int) -> Any:

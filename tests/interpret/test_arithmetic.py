@@ -7,8 +7,8 @@ import pytest
 from jax import lax
 
 import jlora
-from tests.interpret.support import OPTIONS, check, noise, variants, wrapped
-from tests.support import error, randomised
+from tests.interpret.support import OPTIONS, VARIANTS, check, noise, wrapped
+from tests.support import error, randomised, thinned
 
 MATRIX = jlora.Axes((0,), (1,))
 X, COLUMNS, ROWS = noise(5, 8), noise(4), noise(8)
@@ -23,13 +23,12 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("name", SCALED)
-@variants("dora", "oft")
+@pytest.mark.parametrize("variant, name", thinned(4, VARIANTS, SCALED))
 def test_scaled(variant, name):
     check(lambda p, x: x @ SCALED[name](p["w"]), wrapped(noise(8, 4), MATRIX, variant=variant), X)
 
 
-@variants("lora", "ia3", "oft")
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_scaled_by_rows(variant):
     """A rotation mixes the rows."""
     is_turned = variant in ("oft", "boft")
@@ -67,8 +66,7 @@ FUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [*SUMS, *FUSED])
-@pytest.mark.parametrize("variant", ["lora", "loha", "dora"])
+@pytest.mark.parametrize("variant, name", thinned(3, ("lora", "loha", "dora"), [*SUMS, *FUSED]))
 def test_summed_and_fused(variant, name):
     """What has an output scale can't be: it is computed densely, and rightly."""
     fallback = "ignore" if variant == "dora" else "error"
@@ -93,8 +91,7 @@ COMPLEX = {
 }
 
 
-@pytest.mark.parametrize("name", COMPLEX)
-@variants("lora", "oft")
+@pytest.mark.parametrize("variant, name", thinned(5, VARIANTS, COMPLEX))
 def test_complex_views(variant, name):
     params = wrapped(noise(8, 4), MATRIX, variant=variant)
     check(lambda p, x: x.astype(jnp.complex64) @ COMPLEX[name](p["w"]), params, X)
@@ -113,11 +110,10 @@ def test_the_real_part_of_a_complex_kernel():
     check(fn, wrapped(noise(8, 4), MATRIX), X, fallback="ignore")
 
 
-STORED = (jnp.float8_e4m3fn, jnp.float8_e5m2)
+STORED, INTEGERS = (jnp.float8_e4m3fn, jnp.float8_e5m2), (jnp.int32, jnp.int8, jnp.bool_)
 
 
-@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: dtype.__name__)
-@variants("lora", "oft")
+@pytest.mark.parametrize("variant, dtype", thinned(3, VARIANTS, STORED))
 def test_a_product_of_eight_bits_scaled_by_hand(variant, dtype):
     """The low-rank path is no product of eight bits: neither its factors nor what lies between overflow."""
     params = wrapped(noise(8, 4), MATRIX, variant=variant)
@@ -134,9 +130,7 @@ def test_a_product_of_eight_bits_scaled_by_hand(variant, dtype):
     assert error(found.astype(jnp.float32), expected.astype(jnp.float32)) <= 0.3
 
 
-@pytest.mark.parametrize("on", ["in", "out"])
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.bool_], ids=lambda dtype: dtype.__name__)
-@variants("ia3", "oft")
+@pytest.mark.parametrize("variant, dtype, on", thinned(5, VARIANTS, INTEGERS, ("in", "out")))
 def test_integers_times_a_kernel(variant, dtype, on):
     """What acts on the inputs acts on them as numbers."""
     options = {"options": {"on": on}} if variant == "ia3" else {}
@@ -144,7 +138,7 @@ def test_integers_times_a_kernel(variant, dtype, on):
     check(lambda p, x: jnp.dot(x, p["w"]), params, (jnp.arange(24) % 5).reshape(3, 8).astype(dtype))
 
 
-@variants("lora", "boft")
+@pytest.mark.parametrize("variant", [*thinned(3, VARIANTS)])
 def test_inputs_of_a_coarser_type(variant):
     """A product of bfloat16 and float32 is one of float32 on the low-rank path too."""
     params = wrapped(noise(8, 4), MATRIX, variant=variant)

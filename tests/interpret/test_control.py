@@ -9,8 +9,8 @@ from jax import lax
 
 import jlora
 from jlora.interpret.interpreter import Interpreter
-from tests.interpret.support import check, noise, variants, wrapped
-from tests.support import error
+from tests.interpret.support import VARIANTS, check, noise, wrapped
+from tests.support import error, thinned
 
 MATRIX = jlora.Axes((0,), (1,))
 X = noise(5, 8)
@@ -25,8 +25,7 @@ APART = {
 }
 
 
-@pytest.mark.parametrize("name", APART)
-@variants("lora", "oft")
+@pytest.mark.parametrize("variant, name", thinned(4, VARIANTS, APART))
 def test_a_kernel_that_a_loop_takes_apart(variant, name):
     """Row by row, it is no longer one that is rotated."""
     check(lambda p, x: APART[name](p["w"], x), wrapped(noise(8, 8), MATRIX, variant=variant), X, fallback="ignore")
@@ -47,8 +46,7 @@ WHILE = {
 }
 
 
-@pytest.mark.parametrize("name", WHILE)
-@variants("lora", "dora")
+@pytest.mark.parametrize("variant, name", thinned(4, VARIANTS, WHILE))
 def test_loops_that_end_one_by_one(variant, name):
     params = wrapped(noise(8, 8), MATRIX, variant=variant)
     for fn in (
@@ -67,8 +65,7 @@ EMPTY = {
 }
 
 
-@pytest.mark.parametrize("name", EMPTY)
-@variants("lora", "boft")
+@pytest.mark.parametrize("variant, name", thinned(4, VARIANTS, EMPTY))
 def test_arrays_without_elements(variant, name):
     check(lambda p, x: EMPTY[name](p["w"], x), wrapped(noise(8, 8), MATRIX, variant=variant), X, fallback="ignore")
 

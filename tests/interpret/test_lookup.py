@@ -6,7 +6,8 @@ import pytest
 from jax import lax
 
 import jlora
-from tests.interpret.support import TABLES, check, noise, variants, wrapped
+from tests.interpret.support import TABLES, VARIANTS, check, noise, wrapped
+from tests.support import thinned
 
 TABLE, EXPERTS = jlora.Axes((0,), (1,)), jlora.Axes((1,), (2,), (0,))
 IDS, FAR = jnp.asarray([4, 0, 3]), jnp.asarray([0, 9, -1, -30])
@@ -23,17 +24,13 @@ def as_table(kernel, variant):
     return wrapped(kernel, TABLE, variant=variant, rank=1)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rows", [1, 6], ids=["one row", "rows"])
-@pytest.mark.parametrize("variant", TABLES)
+@pytest.mark.parametrize("variant, rows, mode", thinned(3, TABLES, (1, 6), MODES))
 def test_rows_out_of_bounds_are_the_functions_own(variant, rows, mode):
     """No adapter acts on a value that is not of the table; where that is NaN, gradients are none the less numbers."""
     check(lambda p: jnp.take(p["w"], FAR, axis=0, **MODES[mode]), as_table(noise(rows, 8), variant))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("experts", [1, 3], ids=["one expert", "experts"])
-@variants("dora", "oft")
+@pytest.mark.parametrize("variant, experts, mode", thinned(5, VARIANTS, (1, 3), MODES))
 def test_experts_out_of_bounds_are_the_functions_own(variant, experts, mode):
     fn = lambda p, x: jnp.einsum("bi,bio->bo", x, jnp.take(p["w"], FAR[:3], axis=0, **MODES[mode]))
     check(fn, wrapped(noise(experts, 8, 4), EXPERTS, variant=variant), X)
@@ -64,8 +61,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
-@variants("lora", "oft")
+@pytest.mark.parametrize("variant, name", thinned(3, VARIANTS, CHOICES))
 def test_a_choice_of_experts_keeps_their_factors(variant, name):
     fn, kernel = lambda p, x: CHOICES[name](p["w"], x), noise(3, 8, 4)
     (site,) = jlora.sites(fn, {"w": kernel}, X).values()
