@@ -30,6 +30,7 @@ def load(
     *,
     names: str | Sequence[Entry] | None = None,
     sites: Mapping[str, Site] | None = None,
+    prefix: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
@@ -45,6 +46,8 @@ def load(
         ``("model.layers.{i}.self_attn.{p}_proj", "layers/attn/{p}/kernel[{i}]")``, ``[{i}]`` being the place on the
         stacked axis. A third entry, a `Layout`, says what sizes do not tell.
       sites: what `jlora.sites` found, for kernels whose axes neither names nor sizes tell.
+      prefix: where in the tree the adapted model is, as in ``"text_model"``, where that is not to be seen. None: the
+        adapter's names are the tree's, but for known wrappers around the model, such as ``bert.`` or ``model.``.
       allow_nonfinite: take NaN and infinite values as they are.
 
     Returns:
@@ -55,7 +58,7 @@ def load(
     Raises:
       FileNotFoundError: if there are no such files.
       TypeError: if the tree is wrapped already.
-      ValueError: if the files are not what PEFT writes, or do not fit the tree.
+      ValueError: if the files are not what PEFT writes, or do not fit the tree, or fit in several places of it.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -68,7 +71,7 @@ def load(
       >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
       (3, 2)
     """
-    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites)
+    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites, prefix)
 
 
 def save(

@@ -20,7 +20,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _VARIABLE = re.compile(r"(\{\w+\}|\([\w|/]*\))")
@@ -263,21 +263,87 @@ class Shift(NamedTuple):
         return self.theirs + name.removeprefix(self.ours)
 
 
-def shift(wanted: Iterable[str], known: Iterable[str]) -> Shift:
-    """What leads from an adapter's names to a tree's, if a beginning of one or two names does.
+def shift(wanted: Iterable[str], known: Iterable[str], prefix: str | None = None) -> Shift:
+    """What leads from an adapter's names to a tree's: other wrappers around the same model, or none.
 
     An adapter of a model with a head names ``bert.encoder...`` what a tree of its encoder alone names ``encoder...``.
+    Wrappers alone come and go; no name within the model is exchanged for another, and no number of a layer.
+
+    Args:
+      wanted: the adapter's names.
+      known: the tree's.
+      prefix: what the tree's names have before the adapter's, which may then have a beginning of its own; None: what
+        `WRAPPERS` tell.
+
+    Raises:
+      ValueError: if the names fit in several places of the tree, or `prefix` is none of its beginnings.
     """
-    wanted, known = {*wanted}, {*known}
-    ours = dict.fromkeys(head for name in known for head in _heads(name))
-    theirs = dict.fromkeys(head for name in wanted for head in _heads(name))
-    moves = [Shift(), *(Shift(theirs=head) for head in theirs), *(Shift(ours=head) for head in ours)]
-    moves += [Shift(head, other) for head in theirs for other in ours]
-    return next((move for move in moves if {move(name) for name in wanted} <= known), Shift())
+    wanted, known = dict.fromkeys(wanted), {*known}
+    if prefix is not None:
+        return _told(wanted, known, prefix)
+    fits = lambda moves: [move for move in moves if all(move(name) in known for name in wanted)]
+    if not wanted or fits([Shift()]):
+        return Shift()
+    ours, theirs = (_wrappers(names) for names in (sorted(known), wanted))
+    found = fits([Shift(off, on) for off in ("", *theirs) for on in ("", *ours)])
+    if len(places := {tuple(map(move, wanted)): move for move in found}) > 1:
+        _refuse_several(wanted, [move.ours for move in places.values()])
+    if not found and (heads := [move.ours for move in fits(Shift(ours=head) for head in _heads(known))]):
+        _refuse_several(wanted, heads)
+    if not found and (off := next(iter(fits(Shift(theirs=head) for head in _heads(wanted))), None)):
+        raise ValueError(
+            f"peft.load: the adapter's {next(iter(wanted))} is a name of the tree without {off.theirs[:-1]!r} before "
+            "it, which is no known wrapper of a model. If the tree is that part of it, say so: prefix=''"
+        )
+    return found[0] if found else Shift()
 
 
-def _heads(name: str) -> Iterator[str]:
-    return itertools.accumulate(f"{part}." for part in name.split(".")[:2])
+# Around a model, by Transformers' models with heads and by other libraries: the same model is there without them.
+WRAPPERS = frozenset(
+    "model base_model transformer language_model backbone module _orig_mod auto_model pretrained_model bert roberta"
+    " albert electra deberta distilbert camembert xlm_roberta mpnet longformer esm vit deit beit swin dinov2 convnext"
+    " gpt_neox".split()
+)
+
+
+def _wrappers(names: Iterable[str]) -> list[str]:
+    """The beginnings of one to three names that are wrappers, with the dot behind them."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for n in range(1, min(4, len(parts))):
+            if parts[n - 1] not in WRAPPERS:
+                break
+            found[".".join(parts[:n]) + "."] = None
+    return list(found)
+
+
+def _heads(names: Iterable[str]) -> list[str]:
+    """The beginnings of names, with the dot behind them: as many names as there are but the last."""
+    return sorted(
+        {head for name in names for head in itertools.accumulate(f"{part}." for part in name.split(".")[:-1])}
+    )
+
+
+def _told(wanted: Mapping[str, None], known: set[str], prefix: str) -> Shift:
+    """The move to a given beginning: nothing goes off, or a wrapper, or else what the adapter's names begin with."""
+    ours = f"{prefix.strip('./').replace('/', '.')}." if prefix.strip("./") else ""
+    if not any(name.startswith(ours) for name in known):
+        shown = ", ".join(dict.fromkeys(name.partition(".")[0] for name in sorted(known)))
+        raise ValueError(f"peft.load: prefix={prefix!r} begins no name of the tree; they begin with {shown}")
+    for heads in ([""], _wrappers(wanted), _heads(wanted)):
+        found = [Shift(head, ours) for head in heads if all(Shift(head, ours)(name) in known for name in wanted)]
+        if len({tuple(map(move, wanted)) for move in found}) == 1:
+            return found[0]
+    return Shift(ours=ours)
+
+
+def _refuse_several(wanted: Mapping[str, None], heads: Sequence[str]) -> NoReturn:
+    shown = [repr(head.removesuffix(".")) for head in heads]
+    raise ValueError(
+        f"peft.load: the adapter's {next(iter(wanted))} is not a name of the tree, but is one below "
+        f"{' and below '.join(shown[:4])}{' and more' if shown[4:] else ''}. Say which is meant: prefix={shown[0]}"
+    )
 
 
 def leaf_shapes(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,11 @@ Slots = Mapping[str, Sequence[Slot]]
 
 
 def place(
-    adapter: Adapter, params: Any, names: str | Sequence[Entry] | None = None, sites: Mapping[str, Site] | None = None
+    adapter: Adapter,
+    params: Any,
+    names: str | Sequence[Entry] | None = None,
+    sites: Mapping[str, Site] | None = None,
+    prefix: str | None = None,
 ) -> Any:
     """Wraps a tree with the adapter's factors; arguments and errors as of `jlora.peft.load`."""
     paths, leaves, treedef = flatten(params, is_unit)
@@ -39,7 +43,7 @@ def place(
     axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
     stacked = {path: known.batch_axis[0] for path, known in axes.items() if known.batch_axis}
     slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
-    moved = shift([name for name in _named(adapter) if name != HEAD], slots)
+    moved = shift([name for name in _named(adapter) if name != HEAD], slots, prefix)
     adapter = _untied(_moved(adapter, moved), slots)
     _check_names(adapter, slots, names is not None)
     _check_complete(adapter, slots, moved)
@@ -113,6 +117,8 @@ def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
             "peft.load: the adapter's settings name rows of a table, but its file has none: it is not whole"
         )
     for name, places in slots.items():
+        if not name.startswith(moved.ours):
+            continue  # of another model beside the one that is adapted
         theirs, is_bias = moved.back(name), name.endswith(".bias")
         is_kernel = len(places[0].index) - len(places[0].fixed) >= 2 and not is_bias
         is_whole = config.is_saved(theirs if is_bias else f"{theirs}.weight")
