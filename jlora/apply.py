@@ -8,13 +8,14 @@ import functools
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.interpret.compat import is_traced
 from jlora.interpret.contract import CONTRACTIONS
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored, plain
@@ -115,6 +116,8 @@ def run_on_wrapped(
         args, kwargs = in_order_of(arguments_of(bases), given)
         returned = fn(*args, **kwargs)
         outputs, outdef = jax.tree.flatten(returned)
+        for x in outputs:
+            _check_result(x)
         kept = [_COMPUTED if isinstance(x, jax.Array) else x for x in outputs]
         result[:] = [kept, outdef, in_order_of(outdef.unflatten(kept), returned)]
         return [x for x in outputs if isinstance(x, jax.Array)]
@@ -127,6 +130,17 @@ def run_on_wrapped(
     computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
     kept, outdef, ordered = result
     return in_order_of(outdef.unflatten([next(computed) if x is _COMPUTED else x for x in kept]), ordered)
+
+
+def _check_result(x: Any) -> None:
+    """Refuses an object that holds an array of the trace where JAX does not see it."""
+    held = [*getattr(x, "__dict__", {}).values(), *(x.values() if isinstance(x, Mapping) else ())]
+    held += [cell.cell_contents for cell in getattr(x, "__closure__", None) or ()]
+    if not isinstance(x, jax.Array) and any(is_traced(value) for value in held):
+        raise TypeError(
+            f"apply: the function returns a {type(x).__name__} that holds an array and is no pytree; return the array, "
+            "or register the class with jax.tree_util.register_dataclass"
+        )
 
 
 def _check(path: str, leaf: Any) -> None:

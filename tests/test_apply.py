@@ -1,5 +1,6 @@
 """`apply`: arguments and results pass as they are, JAX's transforms compose with it, what is frozen stays so."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -129,6 +130,9 @@ def test_dicts_keep_the_order_of_their_keys():
     found, expected = jlora.apply(fn)(WRAPPED, batch), fn(MERGED, batch)
     assert_close(found, expected)
     assert list(found) == ["z", "a", "m"] and list(found["a"][0]) == ["q", "b", "c"]
+    default = lambda p, x: collections.defaultdict(list, {"z": x @ p["w"], "a": 1})
+    found = jlora.apply(default)(WRAPPED, X)
+    assert list(found) == ["z", "a"] and found["new"] == []
 
 
 def test_several_wrapped_trees_in_one_call():
@@ -735,3 +739,14 @@ def test_products_that_share_their_input_share_a_copy_of_it():
 
 
 AXES_QKV = {"*": jlora.Axes((0,), (1,))}
+
+
+class Holder:
+    def __init__(self, y):
+        self.y = y
+
+
+def test_objects_that_hide_an_array_of_the_trace_are_refused():
+    for fn in (Holder, lambda y: lambda: y):
+        with pytest.raises(TypeError, match=r"returns a (Holder|function) that holds an array and is no pytree"):
+            jlora.apply(lambda p, x, fn=fn: fn(x @ p["w"]))(WRAPPED, X)

@@ -128,3 +128,12 @@ def test_merging_beyond_a_type_says_so():
     with warnings.catch_warnings(action="error"):
         assert np.isfinite(jlora.merge(tree, dtype=jnp.float32)["w"]).all()
         jlora.merge(tree, dtype=jnp.bfloat16)
+
+
+def test_what_lies_between_the_factors_may_be_larger_than_half_precision():
+    params = {"w": jnp.full((512, 4), 1e-3, jnp.float16)}
+    tree = jlora.wrap(params, jlora.LoraSpec(targets="*", axes=MATRIX, rank=1, alpha=1))
+    large = dataclasses.replace(tree["w"], lora_a=jnp.full((512, 1), 0.3), lora_b=jnp.full((1, 4), 1e-3))
+    x = jnp.full((2, 512), 1e3, jnp.float16)
+    fn = lambda p: x @ p["w"]
+    assert error(jlora.apply(fn)({"w": large}), fn(jlora.merge({"w": large}))) <= 1e-2

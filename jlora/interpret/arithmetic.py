@@ -6,8 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.products import cast, computing
 from jlora.interpret.quantised import array_of, bound
 
 
@@ -20,7 +22,9 @@ def times(interpreter: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
     change = _scaling(weight, interpreter.thin(atom, by), divides)
     if change is None:
         return DECLINED
-    return weight.replace(base=bound(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)]), factors=change)
+    scaled = weight.replace(base=bound(eqn, [v.base if isinstance(v, Tracked) else v for v in (x, y)]), factors=change)
+    is_same = not isinstance(weight, Factored) or compat.is_literal(atom)
+    return scaled if is_same else scaled.replace(varies=None)
 
 
 def _scaling(weight: Tracked, by: Any, divides: bool) -> tuple[Any, ...] | None:
@@ -38,6 +42,7 @@ def _scaling(weight: Tracked, by: Any, divides: bool) -> tuple[Any, ...] | None:
     if place is None:
         return None
     by = by[..., None] if by.ndim else by
+    by = cast(by, computing(by.dtype, weight.factors[place].dtype))
     scaled = weight.factors[place] / by if divides else weight.factors[place] * by
     return (*weight.factors[:place], scaled, *weight.factors[place + 1 :])
 
@@ -96,7 +101,7 @@ def _summed(base: Any, x: Any, y: Any) -> Any:
     if not fits(pair):
         return DECLINED
     factors = tuple(jnp.concatenate(both, axis=-1) for both in zip((a, b), pair, strict=True))
-    return x.replace(base=base, factors=factors, name="+".join(dict.fromkeys((x.name, y.name))))
+    return x.replace(base=base, factors=factors, name="+".join(dict.fromkeys((x.name, y.name))), varies=None)
 
 
 ARITHMETIC = {

@@ -101,12 +101,17 @@ def factored_product(
     middle = tuple(label for label in (*xs, *ones) if label in twos or label in out)
     middle = (*dict.fromkeys(middle), "rank")
     h = contract(x, xs, cast(whole(weight, first), dtype), (*ones, "rank"), middle, precision=precision,
-                 preferred=preferred)  # fmt: skip
-    h = cast(scaled(tapped(h, weight), weight.scale), dtype)
+                 preferred=_sums(dtype, preferred))  # fmt: skip
+    h = cast(scaled(tapped(h, weight), weight.scale), dtype := _sums(dtype, dtype))
     made = tuple(label for label in out if label in middle or label in twos)
     z = contract(h, middle, cast(whole(weight, second), dtype), (*twos, "rank"), made, precision=precision,
                  preferred=preferred)  # fmt: skip
     return z if made == out else lax.expand_dims(z, [axis for axis, label in enumerate(out) if label not in made])
+
+
+def _sums(dtype: Any, preferred: Any) -> Any:
+    """The type of the middle tensor: float16 ends where the input times a, which is no result, may go on."""
+    return jnp.float32 if dtype == jnp.float16 else preferred
 
 
 def _extent(weight: Factored, factor: Any, ws: Labels, over: set[Any]) -> int:
@@ -137,7 +142,7 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
         return DECLINED
     rows = bound(eqn, [weight.base, indices])
     factors = tuple(lookup.taken(factor, weight.owned(factor), indices) for factor in weight.factors)
-    picked = weight.replace(base=rows, factors=factors)
+    picked = weight.replace(base=rows, factors=factors, varies=None)
     inside = lookup.is_inside(indices)[..., None] if lookup.may_fill else None
     if not _gives_rows(weight, lookup):
         return picked if inside is None else _unfilled(picked, weight, lookup, inside, indices)
@@ -199,6 +204,8 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
                for name, place in (("in", places[channels]), ("out", places[features])))  # fmt: skip
     is_plain = params["feature_group_count"] == params["batch_group_count"] == 1
     ends = Ends.of(weight, ws, xs, out)
+    if ends is not None and ends.acts_on_x and computing(x.dtype) != x.dtype:
+        return DECLINED  # both operands of a convolution have one type
     if not is_plain or ends is None or not (weight.pair is None or _is_conv_pair(weight, features)):
         return DECLINED
     x = ends.before(x, computing(x.dtype, weight.base.dtype))
@@ -219,8 +226,9 @@ def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int)
     dtype = computing(x.dtype, weight.base.dtype)
     a, b = (cast(factor, dtype) for factor in weight.pair)  # type: ignore[union-attr]
     settings = {"precision": _precision(eqn, dtype), "preferred": _preferred(eqn)}
-    h = _bind(eqn, [dropped(cast(x, dtype), weight), _rank_at(a, features)], **settings)
-    h = cast(scaled(tapped(h, weight), weight.scale), dtype)
+    inner = settings | {"preferred": _sums(dtype, settings["preferred"])}
+    h = _bind(eqn, [dropped(cast(x, dtype), weight), _rank_at(a, features)], **inner)
+    h, b = (cast(v, _sums(dtype, dtype)) for v in (scaled(tapped(h, weight), weight.scale), b))
     labels = tuple(range(h.ndim))
     out = tuple("out" if label == axis else label for label in labels)
     return contract(h, labels, b.reshape(-1, b.shape[-1]), ("out", axis), out, **settings)
@@ -268,7 +276,9 @@ def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes
         return _bind(eqn, [rows, factor, group_sizes], **settings)
     order = [group, *eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]]
     matrix = lax.transpose(factor, [*order, *({0, 1, 2} - {*order})])[0]
-    return lax.dot(rows, matrix, precision=settings["precision"], preferred_element_type=settings["preferred"])
+    made = lax.dot(rows, matrix, precision=settings["precision"], preferred_element_type=settings["preferred"])
+    is_of_a_group = jnp.arange(len(rows)) < jnp.sum(group_sizes)  # the rows behind are nothing
+    return jnp.where(is_of_a_group[:, None], made, 0)
 
 
 def _scaled_rows(x: Any, weight: Factored, group: int, group_sizes: Any) -> Any:

@@ -222,6 +222,7 @@ def shard_map(interpreter: Interpreter, eqn: Any, *values: Any) -> list[Any]:
         whole(v) if _cuts(v, s, params["mesh"]) else _settled(v)
         for v, s in zip(values, params["in_specs"], strict=True)
     )
+    values = tuple(_accounted(v, s) for v, s in zip(values, params["in_specs"], strict=True))
     in_specs = tuple(_split_spec(v, s) for v, s in zip(values, params["in_specs"], strict=True))
 
     def body(*inner: Any) -> list[Any]:
@@ -239,6 +240,14 @@ def _cuts(value: Any, spec: Any, mesh: Any) -> bool:
     along = names(entries(spec, value.ndim)[value.turned_axis])
     shard = value.base.shape[value.turned_axis] // math.prod(mesh.shape[name] for name in along)
     return bool(along) and any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns)
+
+
+def _accounted(value: Any, spec: Any) -> Any:
+    """A weight that is told along which mesh axes each of its factors is split."""
+    if not isinstance(value, Factored):
+        return value
+    along = lambda factor: frozenset(name for entry in of_factor(value, factor, spec) for name in names(entry))
+    return value.replace(varies=tuple(map(along, value.factors)))
 
 
 def _settled(value: Any) -> Any:

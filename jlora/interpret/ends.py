@@ -33,9 +33,13 @@ class Ends:
             return None
         return cls(weight, ws, xs, out, not gain <= {*out}, turn_on_x)
 
+    @property
+    def acts_on_x(self) -> bool:
+        return self.turn_on_x or self.gain_on_x
+
     def before(self, x: Any, dtype: Any) -> Any:
         """The input as what acts on it leaves it, in a type to compute in; if nothing does, as it is."""
-        if self.turn_on_x or self.gain_on_x:
+        if self.acts_on_x:
             x = cast(x, dtype)
         if self.turn_on_x:
             for rows, stride in self.weight.turns:

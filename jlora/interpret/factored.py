@@ -65,6 +65,8 @@ class Factored(Tracked):
       roles: of the factors.
       strides: for each turn, the distance between the elements of one block.
       tap: a function that the product with a passes through on its way to b, or None.
+      varies: for each factor, the mesh axes along which it differs inside `jax.shard_map`; None: not known, but where
+        JAX keeps account of it.
     """
 
     key: Any = None
@@ -74,6 +76,7 @@ class Factored(Tracked):
     roles: tuple[str, ...] = dataclasses.field(default=("a", "b"), metadata={"static": True})
     strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
+    varies: tuple[frozenset[str], ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def pair(self) -> tuple[Any, Any] | None:

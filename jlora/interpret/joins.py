@@ -59,6 +59,7 @@ def _joined(eqn: Any, bases: Sequence[Any], pieces: Sequence[Any], axis: int) ->
         factors=tuple(jnp.concatenate(group, n) for group, n in zip(padded, along, strict=True)),
         name="+".join(dict.fromkeys(piece.name for piece in adapted)),
         scale=1.0,
+        varies=None,
     )
 
 

@@ -84,6 +84,7 @@ class Lookup:
     def is_inside(self, indices: Any) -> Any:
         """Which of the indices are in bounds, of the result's number of axes, of size 1 where they have none."""
         last = [self.shape[axis] - self.sizes[axis] for axis in self.numbers.start_index_map]
+        indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))  # which holds the last one
         is_inside = jnp.all((indices >= 0) & (indices <= jnp.asarray(last, indices.dtype)), axis=-1)
         sizes = dict.fromkeys(range(self.ndim), 1) | dict(zip(self._of_indices, is_inside.shape, strict=True))
         return is_inside.reshape([sizes[place] for place in range(self.ndim)])

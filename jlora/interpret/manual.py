@@ -8,6 +8,11 @@ import jax
 from jax import lax
 
 
+def manual_axes() -> frozenset[str]:
+    """The mesh axes of the `jax.shard_map` around."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def varying(x: Any) -> frozenset[str]:
     """The mesh axes along which an array differs; empty where `jax.shard_map` does not keep account of it."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 
 from jlora.interpret import compat
 from jlora.interpret.factored import Tracked
-from jlora.interpret.interpreter import Interpreter
-from jlora.interpret.manual import same_everywhere, varying
+from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.manual import manual_axes, same_everywhere, varying
 from jlora.interpret.places import names, of_factor
 from jlora.interpret.quantised import bound, codes_of
 
@@ -36,24 +36,40 @@ def _moved(weight: Tracked, factor: Any, sharding: NamedSharding, move: Callable
     return move(factor, sharding.update(spec=of_factor(weight, factor, sharding.spec)))
 
 
-def all_gather(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
+def all_gather(_: Interpreter, eqn: Any, weight: Any) -> Any:
     """Put together from the shards of a mesh axis: so are the factors that are split along it."""
     axis, over = eqn.params["all_gather_dimension"], {*names(eqn.params["axis_name"])}
+    tiled, is_single = eqn.params["tiled"], not eqn.params["tiled"] or weight.base.shape[axis] == 1
 
-    def gathered(factor: Any) -> Any:
-        if eqn.params["tiled"]:
-            return compat.bind(eqn, [factor]) if _is_split(weight, factor, axis, over) else factor
-        is_same = same_everywhere(factor, codes_of(weight.base), over)
-        return lax.expand_dims(factor, [axis]) if is_same else compat.bind(eqn, [factor])
+    def gathered(i: int, factor: Any) -> Any:
+        differs = _differs(weight, i, over)
+        if differs is None and not is_single and over <= manual_axes():
+            differs = axis in weight.owned(factor)  # as jlora.sharding.specs splits it: along its own axes alone
+        if not is_single and axis in weight.owned(factor):  # the same on all devices it is of each one's part
+            is_apart = differs is False and not weight.lenient
+            return None if is_apart else compat.bind(eqn, [factor])
+        if tiled and (differs is None or (differs and not is_single)):
+            return None  # each device's part of the kernel may have a factor of its own
+        if differs is False:
+            return factor if tiled else lax.expand_dims(factor, [axis])
+        return compat.bind(eqn, [factor])
 
-    return weight.view(bound(eqn, [weight.base]), gathered)
+    factors = [gathered(i, factor) for i, factor in enumerate(weight.factors)]
+    if any(factor is None for factor in factors):
+        return DECLINED
+    moved = weight.replace(base=bound(eqn, [weight.base]), factors=tuple(factors))
+    if getattr(weight, "varies", None) is None:
+        return moved
+    return moved.replace(varies=tuple(frozenset(along - over) for along in weight.varies))
 
 
-def _is_split(weight: Tracked, factor: Any, axis: int, over: set[str]) -> bool:
-    """Whether a factor has an axis of the base, of which this is a shard; one of size 1 is told by its varying."""
-    if weight.base.shape[axis] != 1:
-        return axis in weight.owned(factor)
-    return bool(varying(factor) & over) or not varying(codes_of(weight.base))
+def _differs(weight: Any, i: int, over: set[str]) -> bool | None:
+    """Whether a factor differs from shard to shard; None where nothing tells."""
+    if (known := getattr(weight, "varies", None)) is not None:
+        return bool(known[i] & over)
+    if weight.lenient or varying(codes_of(weight.base)):
+        return bool(varying(weight.factors[i]) & over)
+    return False if weight.roles[i] == "mark" else None
 
 
 def ppermute(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:

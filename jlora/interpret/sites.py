@@ -141,6 +141,7 @@ class _Observer:
             "stack": self.concatenate,
             "mul": self.times,
             "div": self.times,
+            **dict.fromkeys(("add", "add_any", "sub"), self.plus),
         }
 
     def dot_general(self, walk: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -194,6 +195,22 @@ class _Observer:
             return DECLINED
         self.other(walk, few, eqn)
         return many.replace(base=compat.bind(eqn, [x.base, y.base]))
+
+    def plus(self, walk: Interpreter, eqn: Any, x: Any, y: Any) -> Any:
+        """Kernels that are summed are observed together; so is one that a constant is added to, and no activation."""
+        values = [v.base if isinstance(v, Probe) else v for v in (x, y)]
+        if not (isinstance(x, Probe) and isinstance(y, Probe)):
+            probe, other = (x, y) if isinstance(x, Probe) else (y, x)
+            is_same = tuple(probe.base.shape) == tuple(eqn.outvars[0].aval.shape)
+            return DECLINED if compat.is_traced(other) or not is_same else probe.replace(base=compat.bind(eqn, values))
+        few, many = sorted((x, y), key=lambda probe: len(probe.wide))
+        if few.wide == many.wide:
+            both = {"owners": (*x.owners, *y.owners), "looked_up": x.looked_up | y.looked_up}
+            return Probe(compat.bind(eqn, values), (*x.factors, *y.factors), **both)
+        if not few.wide < many.wide:
+            return DECLINED
+        self.other(walk, few, eqn)
+        return many.replace(base=compat.bind(eqn, values))
 
     def concatenate(self, _: Interpreter, eqn: Any, *pieces: Any) -> Probe:
         """Leaves side by side are observed together."""

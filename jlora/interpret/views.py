@@ -17,6 +17,7 @@ from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.joins import JOINS
 from jlora.interpret.moves import MOVES
+from jlora.interpret.products import computing
 from jlora.interpret.quantised import bound
 from jlora.interpret.stored import regrouped
 
@@ -27,9 +28,16 @@ def same(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
 
 
 def cast(_: Interpreter, eqn: Any, weight: Tracked) -> Any:
-    """The base's type alone: factors keep theirs. The real part of a complex weight is no such view."""
+    """The base's type alone: factors keep theirs. The real part of a complex weight is no such view.
+
+    Nor is one that only stores numbers: base and sum are rounded otherwise, and one may overflow where the other does
+    not.
+    """
     dtype, is_complex = eqn.params["new_dtype"], jnp.issubdtype(weight.base.dtype, jnp.complexfloating)
-    if not jnp.issubdtype(dtype, jnp.inexact) or (is_complex and not jnp.issubdtype(dtype, jnp.complexfloating)):
+    is_stored = isinstance(weight, Factored) and bool(weight.roles) and computing(dtype) != dtype
+    if is_stored or not jnp.issubdtype(dtype, jnp.inexact):
+        return DECLINED
+    if is_complex and not jnp.issubdtype(dtype, jnp.complexfloating):
         return DECLINED
     return weight.replace(base=bound(eqn, [weight.base]))
 
@@ -123,7 +131,8 @@ def dynamic_slice(_: Interpreter, eqn: Any, weight: Any, *starts: Any) -> Any:
         sizes = [n if i in owned else 1 for i, n in enumerate(eqn.params["slice_sizes"])]
         return lax.dynamic_slice(factor, [*begin, zero], [*sizes, factor.shape[-1]])
 
-    return weight.view(bound(eqn, [weight.base, *starts]), change)
+    cut = weight.view(bound(eqn, [weight.base, *starts]), change)
+    return cut.replace(varies=None) if isinstance(cut, Factored) else cut
 
 
 def unstack(_: Interpreter, eqn: Any, weight: Tracked) -> list[Tracked]:

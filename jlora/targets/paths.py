@@ -76,7 +76,10 @@ def in_order_of(tree: Any, like: Any) -> Any:
     if len(parts) != len(others):
         return tree
     ordered = treedef.unflatten(list(map(in_order_of, parts, others)))
-    return {key: ordered[key] for key in like} if type(like) is type(ordered) is dict else ordered
+    if type(like) is not type(ordered) or type(like) not in (dict, collections.defaultdict):
+        return ordered
+    items = {key: ordered[key] for key in like}
+    return items if type(like) is dict else collections.defaultdict(ordered.default_factory, items)
 
 
 def checked_key(name: str, key: Any) -> Any:

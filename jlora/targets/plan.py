@@ -121,7 +121,7 @@ def _check(kernel: Kernel, dtype: Any, spec: LoraSpec) -> None:
     if sorted(every) != list(range(len(shape))) or not axes.in_axis or not axes.out_axis:
         raise ValueError(
             f"wrap: {axes} does not fit {path} of shape {shape}: each of its {len(shape)} axes must "
-            "stand in one group, and in_axis and out_axis need at least one each"
+            "stand in one group, by its number from 0, and in_axis and out_axis need at least one each"
         )
     if kernel.kind not in spec.node.KINDS:
         raise ValueError(

@@ -127,8 +127,8 @@ def _check_uses(named: set[str], by_path: Mapping[str, Any], sites: Sites | None
             raise ValueError(
                 f"wrap: {path} of shape {tuple(leaf.shape)} is a target, but its use tells no axes: "
                 f"{sites[path].describe()}. Exclude it, exclude=({path!r},), or say its axes, "
-                f"LoraSpec(axes={{{path!r}: jlora.Axes(in_axis, out_axis)}}): it is then computed densely where it is "
-                "used so"
+                f"LoraSpec(axes={{{path!r}: jlora.Axes(in_axis, out_axis)}}): where no rule keeps its factors it is "
+                "computed densely then"
             )
 
 

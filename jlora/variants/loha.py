@@ -73,4 +73,4 @@ class LohaParam(AdaptedParam):
 def _pairs(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
     """All products of an entry of x with one of y along an axis, in its place."""
     both = jnp.expand_dims(x, axis + 1) * jnp.expand_dims(y, axis)
-    return both.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return both.reshape(*x.shape[:axis], x.shape[axis] * y.shape[axis], *x.shape[axis + 1 :])

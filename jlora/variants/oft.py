@@ -55,7 +55,8 @@ class Rotation(AdaptedParam):
         strides = [self.size**i for i in range(factors)]
         sizes = [self.shape[axis] for axis in (*batch, *own)]
         rows = [
-            _rows(jnp.take(rotations, i, len(batch)), stride).reshape(*sizes, -1) for i, stride in enumerate(strides)
+            _rows(jnp.take(rotations, i, len(batch)), stride).reshape(*sizes, self.size)
+            for i, stride in enumerate(strides)
         ]
         placed = [self.placed(row, (*batch, *own, "size")) for row in rows]
         return turned_by(plain(self.base, name=name), ins[-1], placed, strides)

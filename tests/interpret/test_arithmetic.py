@@ -114,20 +114,26 @@ STORED, INTEGERS = (jnp.float8_e4m3fn, jnp.float8_e5m2), (jnp.int32, jnp.int8, j
 
 
 @pytest.mark.parametrize("variant, dtype", thinned(3, VARIANTS, STORED))
-def test_a_product_of_eight_bits_scaled_by_hand(variant, dtype):
-    """The low-rank path is no product of eight bits: neither its factors nor what lies between overflow."""
+def test_eight_bits_are_those_of_the_merged_kernel(variant, dtype):
+    """A product scaled by hand: the sum is rounded, not the base alone, which may overflow where the sum does not."""
     params = wrapped(noise(8, 4), MATRIX, variant=variant)
+    small = lambda v, scale: (v / scale).astype(dtype)
 
-    def fn(p, x):
-        small = lambda v, scale: (v / scale).astype(dtype)
-        return lax.dot(small(x, 0.02), small(p["w"], 0.01), preferred_element_type=jnp.float32) * 2e-4
+    def scaled(p, x):
+        largest = jnp.max(jnp.abs(p["w"]), axis=0)
+        step = largest / jnp.finfo(dtype).max.astype(jnp.float32)
+        return lax.dot(small(x, 0.02), small(p["w"], step), preferred_element_type=jnp.float32) * (0.02 * step)
 
-    found, expected = jlora.apply(fn)(params, X), X @ jlora.merge(params)["w"]
-    assert error(found, expected) <= 0.15
-    small_results = lambda p, x: (4 * x).astype(dtype) @ (2 * p["w"]).astype(dtype)
-    found, expected = jlora.apply(small_results)(params, X), small_results(jlora.merge(params), X)
-    assert found.dtype == expected.dtype == dtype
-    assert error(found.astype(jnp.float32), expected.astype(jnp.float32)) <= 0.3
+    for fn in (
+        scaled,
+        lambda p, x: small(x, 0.2) @ small(p["w"], 0.5),
+        lambda p, x: x @ (2 * small(p["w"], 1)).astype(jnp.float32),
+    ):
+        found, expected = jlora.apply(fn, fallback="ignore")(params, X), fn(jlora.merge(params), X)
+        assert found.dtype == expected.dtype
+        assert error(found.astype(jnp.float32), expected.astype(jnp.float32)) <= 1e-5
+    (site,) = jlora.sites(scaled, {"w": noise(8, 4)}, X).values()
+    assert [use.kind for use in site.uses][-1] == "dot"
 
 
 @pytest.mark.parametrize("variant, dtype, on", thinned(5, VARIANTS, INTEGERS, ("in", "out")))

@@ -55,6 +55,12 @@ def test_experts_of_a_ragged_product_that_share_their_factors():
         check(lambda p, x: lax.ragged_dot(x, p["w"], SIZES), wrapped(RAGGED, axes), noise(7, 8))
 
 
+def test_rows_behind_the_last_group_are_nothing():
+    """Also of experts that share the whole kernel."""
+    fn = lambda p, x: lax.ragged_dot(x, jnp.broadcast_to(p["w"], (2, 8, 6)), jnp.asarray([1, 2]))
+    check(fn, wrapped(noise(8, 6), jlora.Axes((0,), (1,))), noise(7, 8))
+
+
 def test_other_splits_of_experts_are_computed_densely():
     with pytest.warns(jlora.DenseFallbackWarning, match="ragged_dot"):
         params = wrapped(RAGGED, jlora.Axes((2,), (1,), (0,)))

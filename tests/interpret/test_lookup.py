@@ -111,3 +111,8 @@ def test_what_flows_back_from_out_of_bounds_reaches_no_factor():
     for experts in (1, 3):
         fn = lambda p, x: masked(jnp.einsum("bi,bio->bo", x, jnp.take(p["w"], FAR[:3], axis=0)))
         check(fn, wrapped(noise(experts, 8, 4), EXPERTS), X)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16, jnp.uint32], ids=lambda dtype: dtype.__name__)
+def test_indices_of_a_type_that_does_not_hold_the_last_row(dtype):
+    check(lambda p: jnp.take(p["w"], jnp.asarray([0, 3, 100], dtype), axis=0), as_table(noise(300, 8), "lora"))
