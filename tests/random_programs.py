@@ -534,10 +534,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--causes", action="store_true", help="count the causes of dense computations instead")
+    parser.add_argument("--values", action="store_true", help="look at values alone, which takes half the time")
     args = parser.parse_args()
     seeds, failed, found = range(args.seed, args.seed + args.count), 0, collections.Counter[str]()
     for done, seed in enumerate(seeds, 1):
-        program = draw(seed)
+        program = dataclasses.replace(draw(seed), mode="jit") if args.values else draw(seed)
         if args.causes:
             found.update(causes(program))
         elif told := check(program):
