@@ -11,7 +11,7 @@ from typing import Any
 
 from jlora.spec.methods import LOFTQ
 from jlora.spec.peft import ALL_LINEAR, converted, refuse_layers_of_text
-from jlora.spec.reader import Settings, mapping
+from jlora.spec.reader import Settings, mapping, refuse_others
 
 PREFIXES = ("lora_", "peft_", "loraplus_", "qlora_", "relora")
 NAMES = {
@@ -48,7 +48,9 @@ IGNORED = (
 def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a `jlora.LoraSpec` for Axolotl's settings; see `jlora.LoraSpec.from_axolotl`."""
     where = "LoraSpec.from_axolotl"
-    given = Settings(where, mapping(where, config))
+    config = mapping(where, config)
+    refuse_others(where, config)
+    given = Settings(where, config)
     own = "adapter lora_target_linear peft_autocast_adapter_dtype peft"
     given.refuse_unknown({*NAMES.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
     _refuse(given)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.spec.peft import ALL_LINEAR, converted
-from jlora.spec.reader import Settings, mapping
+from jlora.spec.reader import Settings, mapping, refuse_others
 
 PREFIXES = ("lora_", "loraplus_", "pissa_", "oft_")
 LORA = {
@@ -30,6 +30,16 @@ OFT = {
     "target_modules": "oft_target",
     "modules_to_save": "additional_target",
 }
+V1 = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "target_modules": "all",
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": None,
+}
+V1_IGNORED = "export_dir export_size export_hub_model_id infer_dtype export_legacy_format".split()  # of what is written
 LORA_ONLY = ("use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio")
 _OPTIMIZER = "LLaMA-Factory allows it without LoRA only; leave it out"
 _TOWERS = "a tree does not tell which of its parts is meant; leave it out, and name them in LoraSpec's exclude"
@@ -50,12 +60,21 @@ IGNORED = "loraplus_lr_ratio loraplus_lr_embedding pissa_convert create_new_adap
 def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a `jlora.LoraSpec` for LLaMA-Factory's settings; see `jlora.LoraSpec.from_llamafactory`."""
     where = "LoraSpec.from_llamafactory"
-    given = Settings(where, mapping(where, config))
+    config = mapping(where, config)
+    refuse_others(where, config)
+    if config.get("peft_config") is not None:
+        return _from_v1(where, config["peft_config"])
+    given = Settings(where, config)
     own = "finetuning_type pissa_init resize_vocab"
     given.refuse_unknown({*LORA.values(), *OFT.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
     given.refuse_set(REFUSED)
     if given.is_set("resize_vocab") and not given.is_set("additional_target"):
         given.refuse("resize_vocab", "it trains the embeddings in full; name them in additional_target")
+    if all(given.get(name) is None for name in ("finetuning_type", "pissa_init", *LORA.values(), *OFT.values())):
+        raise ValueError(
+            f"{where}: there is nothing of an adapter in it, neither finetuning_type nor a setting of lora or oft; for "
+            "LLaMA-Factory's defaults give finetuning_type='lora'"
+        )
     kind = given.get("finetuning_type", "lora")
     if kind == "lora":
         return converted(Settings(where, _lora(given), LORA))
@@ -63,6 +82,23 @@ def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
         given.refuse("finetuning_type", "it trains no adapter; the types known here are 'lora' and 'oft'")
     given.refuse_set(dict.fromkeys(LORA_ONLY, "it is valid for finetuning_type='lora' only; leave it out"))
     return converted(Settings(where, _oft(given), OFT))
+
+
+def _from_v1(where: str, config: Any) -> dict[str, Any]:
+    """The settings below ``peft_config``, as LLaMA-Factory's v1 has them: PEFT's names, with defaults of its own."""
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"{where}: peft_config must be a mapping, such as {{'name': 'lora', 'r': 8}}, found {config!r}"
+        )
+    given = Settings(where, mapping(where, config), {name: f"peft_config.{name}" for name in ("name", *config)})
+    if given.get("name") != "lora":
+        given.refuse("name", "it trains layers in full, or it is not known; the adapters of v1 are 'lora'")
+    given.refuse_unknown({"name", "adapter_name_or_path", *V1, *V1_IGNORED})
+    given.refuse_set({"adapter_name_or_path": REFUSED["adapter_name_or_path"]})
+    values = V1 | {name: value for name, value in given.values.items() if name in V1 and value is not None}
+    targets = values["target_modules"]
+    values["target_modules"] = ALL_LINEAR if targets == "all" else [targets] if isinstance(targets, str) else targets
+    return converted(Settings(where, values))
 
 
 def _lora(given: Settings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jlora.spec import modules
 from jlora.spec.methods import METHODS, REFUSED
-from jlora.spec.reader import Settings, mapping
+from jlora.spec.reader import Settings, mapping, refuse_others
 
 ALL_LINEAR = "all-linear"
 SHARED = "peft_type task_type target_modules modules_to_save"
@@ -27,7 +27,9 @@ IGNORED = (
 def from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a `jlora.LoraSpec` for PEFT's settings; see `jlora.LoraSpec.from_peft`."""
     where = "LoraSpec.from_peft"
-    settings = Settings(where, mapping(where, config))
+    config = mapping(where, config)
+    refuse_others(where, config)
+    settings = Settings(where, config)
     refuse_layers_of_text(settings)
     return converted(settings)
 

@@ -78,6 +78,32 @@ class Settings:
                 raise ValueError(f"{self.where} knows no setting {name!r} (found {value!r}); {hint}")
 
 
+# By the function that reads them: what settings are, and names that such alone have.
+TOOLS = {
+    "LoraSpec.from_peft": ("an adapter_config.json of PEFT's", ("peft_type",)),
+    "LoraSpec.from_llamafactory": (
+        "a configuration of LLaMA-Factory's",
+        ("finetuning_type", "lora_target", "lora_rank", "peft_config"),
+    ),
+    "LoraSpec.from_axolotl": ("a configuration of Axolotl's", ("lora_r", "lora_target_modules", "lora_target_linear")),
+}
+
+
+def refuse_others(where: str, config: Mapping[str, Any]) -> None:
+    """Refuses the settings of another of the tools: read here, they would be this one's defaults.
+
+    Raises:
+      ValueError: if there are names that the other alone has, and none that this one alone has.
+    """
+    found = {
+        reader: next((name for name in names if config.get(name) is not None), None)
+        for reader, (_, names) in TOOLS.items()
+    }
+    if found[where] is None and (others := [reader for reader, name in found.items() if name is not None]):
+        what, _ = TOOLS[others[0]]
+        raise ValueError(f"{where}: this is {what}, since it has {found[others[0]]!r}; {others[0]} reads it")
+
+
 def mapping(where: str, config: Any) -> dict[str, Any]:
     """The settings as a dict of their own.
 

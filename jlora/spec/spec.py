@@ -202,11 +202,13 @@ class LoraSpec:
         """The spec of the adapter in a LLaMA-Factory configuration, matched as `from_peft` does.
 
         Args:
-          config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
-            is ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``.
+          config: the whole configuration, such as ``yaml.safe_load`` returns, flat or with a ``peft_config`` as v1 has
+            it; what is not the adapter's is ignored. So is ``loraplus_lr_ratio``, which `jlora.optimizer` takes as
+            ``b_lr_ratio``.
 
         Raises:
-          ValueError: if a setting of the adapter is unknown or can't be honoured.
+          ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or
+            the configuration is another tool's.
 
         Example:
           >>> spec = LoraSpec.from_llamafactory({"finetuning_type": "lora", "lora_rank": 16, "pissa_init": True})

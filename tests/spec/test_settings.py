@@ -455,7 +455,7 @@ def test_a_llamafactory_configuration():
 
 
 def test_llamafactorys_defaults():
-    assert LoraSpec.from_llamafactory({}) == LoraSpec(targets="all-linear", rank=8, alpha=16)
+    assert LoraSpec.from_llamafactory({"finetuning_type": "lora"}) == LoraSpec(targets="all-linear", rank=8, alpha=16)
     assert LoraSpec.from_llamafactory({"lora_rank": 5}).alpha == 10
     assert LoraSpec.from_llamafactory({"lora_rank": 5, "lora_alpha": 3}).alpha == 3
 
@@ -471,7 +471,7 @@ def test_llamafactorys_names_stand_between_commas():
 )
 def test_llamafactorys_pissa(rounds, init):
     assert LoraSpec.from_llamafactory({"pissa_init": True} | rounds).init == init
-    assert LoraSpec.from_llamafactory(rounds).init == "kaiming"
+    assert LoraSpec.from_llamafactory({"finetuning_type": "lora"} | rounds).init == "kaiming"
 
 
 def test_llamafactorys_oft():
@@ -505,6 +505,68 @@ def test_what_llamafactorys_settings_cant_be(config, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         LoraSpec.from_llamafactory(config)
     assert "LoraSpec.from_llamafactory" in str(error.value)
+
+
+V1 = {"model": "Qwen/Qwen3-4B", "template": "qwen3_nothink", "learning_rate": 1e-4, "bf16": True}
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}),
+        ({"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all", "export_dir": "out"},
+         {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}),
+        ({"target_modules": "q_proj", "use_dora": True, "modules_to_save": ["lm_head"]},
+         {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj"], "use_dora": True,
+          "modules_to_save": ["lm_head"]}),
+    ],
+    ids=["defaults", "all", "some"],
+)  # fmt: skip
+def test_llamafactorys_v1(settings, expected):
+    config = V1 | {"peft_config": {"name": "lora"} | settings}
+    assert LoraSpec.from_llamafactory(config) == LoraSpec.from_peft(expected)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"name": "freeze", "freeze_trainable_layers": 2}, "peft_config.name='freeze' can't be honoured"),
+        ({"r": 16}, "peft_config.name=None can't be honoured"),
+        ({"name": "lora", "rank": 16}, "knows no setting 'rank'"),
+        ({"name": "lora", "adapter_name_or_path": "saves"}, "LoraSpec.from_peft"),
+        ("lora", "peft_config must be a mapping"),
+    ],
+)
+def test_what_llamafactorys_v1_cant_be(settings, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        LoraSpec.from_llamafactory(V1 | {"peft_config": settings})
+
+
+def test_a_run_without_an_adapter_is_no_adapter_of_defaults():
+    for config in ({}, V1, {"stage": "sft", "do_train": True, "model_name_or_path": "m", "learning_rate": 1e-5}):
+        with pytest.raises(ValueError, match="from_llamafactory: there is nothing of an adapter in it"):
+            LoraSpec.from_llamafactory(config)
+    with pytest.raises(ValueError, match="from_axolotl: adapter=None can't be honoured"):
+        LoraSpec.from_axolotl({"base_model": "m", "learning_rate": 1e-5})
+
+
+OTHERS = {
+    "from_peft": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]},
+    "from_axolotl": {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
+    "from_llamafactory": {"finetuning_type": "lora", "lora_rank": 16, "lora_target": "all"},
+}
+
+
+@pytest.mark.parametrize("build", OTHERS)
+@pytest.mark.parametrize("theirs", [*OTHERS, "v1"])
+def test_a_configuration_is_read_by_its_own_function(build, theirs):
+    config = OTHERS.get(theirs, V1 | {"peft_config": {"name": "lora", "r": 16}})
+    reader = "from_llamafactory" if theirs == "v1" else theirs
+    if build == reader:
+        assert getattr(LoraSpec, build)(config).rank == 16
+        return
+    with pytest.raises(ValueError, match=rf"LoraSpec.{build}: this is .*; LoraSpec.{reader} reads it"):
+        getattr(LoraSpec, build)(config)
 
 
 def test_every_pattern_that_is_made_is_one_of_modules_or_a_regex():
