@@ -61,7 +61,7 @@ class Settings:
                 self.refuse(name, why)
 
     def refuse_unknown(self, known: Collection[str], prefixes: tuple[str, ...] | None = None) -> None:
-        """Refuses a setting that is not known, with the nearest that is.
+        """Refuses a setting that is not known, with the nearest that is; one that switches nothing on is no matter.
 
         Args:
           known: all names that mean something, or are known to mean nothing to an adapter.
@@ -69,7 +69,7 @@ class Settings:
             with none of them is refused only if it is close to a known one.
         """
         for name, value in self.values.items():
-            if name in known or value is None:
+            if name in known or value is None or value is False or (isinstance(value, Collection) and not value):
                 continue
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             is_near = bool(difflib.get_close_matches(name, known, n=1, cutoff=CLOSE))

@@ -542,6 +542,15 @@ def test_what_llamafactorys_v1_cant_be(settings, told):
         LoraSpec.from_llamafactory(V1 | {"peft_config": settings})
 
 
+def test_settings_that_are_not_known_and_switch_nothing_on_are_no_matter():
+    """As PEFT 0.2 wrote them, and as later versions will."""
+    old = {"merge_weights": False, "enable_lora": None, "fan_in_fan_out": False, "some_config": {}, "some_list": []}
+    assert LoraSpec.from_peft(PEFT | old) == LoraSpec.from_peft(PEFT)
+    for value in (True, 1, "x", [1]):
+        with pytest.raises(ValueError, match="knows no setting 'merge_weights'"):
+            LoraSpec.from_peft(PEFT | {"merge_weights": value})
+
+
 def test_a_run_without_an_adapter_is_no_adapter_of_defaults():
     for config in ({}, V1, {"stage": "sft", "do_train": True, "model_name_or_path": "m", "learning_rate": 1e-5}):
         with pytest.raises(ValueError, match="from_llamafactory: there is nothing of an adapter in it"):
