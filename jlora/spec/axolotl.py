@@ -59,7 +59,11 @@ def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = Settings(where, values | _normal(given, is_linear), NAMES)
     if not is_linear:
         refuse_layers_of_text(settings)
-    return converted(settings)
+        return converted(settings)
+    if not given.is_set("lora_target_modules"):
+        return converted(settings)
+    named = converted(Settings(where, values | _normal(given, False), NAMES))  # beside all linear layers
+    return named | {"targets": (ALL_LINEAR, *named["targets"])}
 
 
 def _normal(given: Settings, is_linear: bool) -> dict[str, Any]:
@@ -80,8 +84,6 @@ def _refuse(given: Settings) -> None:
         if given.get(name) is None:
             given.refuse(name, "Axolotl has no default for it; give a number")
     given.refuse_set(REFUSED)
-    if given.flag("lora_target_linear") and given.is_set("lora_target_modules"):
-        given.refuse("lora_target_modules", 'it does not go with lora_target_linear, "all-linear" here; drop one')
     if given.get("peft_autocast_adapter_dtype") is False:
         given.refuse("peft_autocast_adapter_dtype", "factors are float32; set LoraSpec's dtype afterwards")
     more = given.get("peft", {})

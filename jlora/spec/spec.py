@@ -27,8 +27,9 @@ class LoraSpec:
     Args:
       targets: ``"all-linear"`` (every kernel of a linear layer, by the name of ``kernel`` or ``w`` where no `sites` are
         given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
-        ``logits_dense``), a pattern or a sequence of patterns over paths (see `jlora.targets.patterns.matcher`), a
-        function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
+        ``logits_dense``), a pattern or a sequence of patterns over paths (see `jlora.targets.patterns.matcher`), which
+        may have ``"all-linear"`` among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the
+        structure of the parameters.
       exclude: patterns taken out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.

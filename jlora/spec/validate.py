@@ -70,10 +70,12 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def target_tuple(targets: Any) -> Any:
     strings = [targets] if isinstance(targets, str) else [t for t in jax.tree.leaves(targets) if isinstance(t, str)]
-    if targets != "all-linear" and (close := {*strings} & {"all-linear", "all_linear"}):
-        raise ValueError(f'LoraSpec: targets has {min(close)!r}; every linear layer is targets="all-linear", by itself')
+    if "all_linear" in strings:
+        raise ValueError("LoraSpec: targets has 'all_linear'; every linear layer is targets=\"all-linear\"")
     if (isinstance(targets, str) and targets == "all-linear") or callable(targets):
         return targets
+    if isinstance(targets, Mapping) and "all-linear" in strings:
+        raise ValueError('LoraSpec: targets is a tree that has "all-linear"; a tree holds True or False')
     leaves = jax.tree.leaves(targets)
     if leaves and all(isinstance(leaf, bool) for leaf in leaves):
         return targets
@@ -82,7 +84,8 @@ def target_tuple(targets: Any) -> Any:
             'LoraSpec: targets must be "all-linear", patterns, a function (path, leaf) -> bool or a tree of booleans, '
             f"found {targets!r}"
         )
-    return patterns("targets", targets)
+    found = patterns("targets", targets)
+    return "all-linear" if {*found} == {"all-linear"} else found
 
 
 def patterns(name: str, value: Any) -> tuple[Pattern, ...]:

@@ -16,6 +16,7 @@ from jlora.targets.conventions import is_bias, is_kernel, is_linear, is_output_l
 from jlora.targets.paths import flatten, module_of
 from jlora.targets.patterns import Pattern, is_of_modules, matcher, nearest
 
+ALL_LINEAR = "all-linear"
 Sites = Mapping[str, Site]
 
 
@@ -40,13 +41,14 @@ def select(params: Any, by_path: Mapping[str, Any], spec: LoraSpec, sites: Sites
     tokens = {path: ids for pattern, ids in spec.train_tokens.items() for path in _tables(pattern, by_path)}
     _matched("axes", spec.axes, paths)
     kernels = {path for path in paths if is_kernel(path, by_path[path], sites) or _has_axes(path, by_path[path], spec)}
-    if isinstance(spec.targets, str):
-        linear = {path for path in kernels if is_linear(path, by_path[path], sites) and not is_output_layer(path)}
-        targets = linear - full - excluded - {*tokens}
-    else:
+    targets: set[str] = set()
+    if not isinstance(spec.targets, str):
         targets = _named(params, paths, by_path, kernels, spec, excluded, sites) - excluded
         _disjoint("targets", targets, "train", full)
         _disjoint("targets", targets, "train_tokens", {*tokens})
+    if spec.targets == ALL_LINEAR or (isinstance(spec.targets, tuple) and ALL_LINEAR in spec.targets):
+        linear = {path for path in kernels if is_linear(path, by_path[path], sites) and not is_output_layer(path)}
+        targets |= linear - full - excluded - {*tokens}
     _disjoint("train", full, "train_tokens", {*tokens})
     if not targets and not full and not tokens and spec.bias != "all":
         but = f" but exclude={_shown(spec.exclude)}" if spec.exclude else ""
@@ -102,9 +104,9 @@ def _named(
     sites: Sites | None,
 ) -> set[str]:
     if isinstance(spec.targets, tuple):
-        matched = {path for pattern in spec.targets for path in _matched("targets", [pattern], paths)}
-        _check_uses(matched - kernels - excluded, by_path, sites)
-        return _patterns(spec.targets, paths, kernels)
+        patterns = [pattern for pattern in spec.targets if pattern != ALL_LINEAR]
+        _check_uses(_matched("targets", patterns, paths) - kernels - excluded, by_path, sites)
+        return _patterns(patterns, paths, kernels)
     if callable(spec.targets):
         named = {path for path in paths if spec.targets(path, by_path[path])}
     else:

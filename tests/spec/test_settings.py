@@ -1,5 +1,6 @@
 """`LoraSpec.from_peft`, `from_axolotl`, `from_llamafactory`: other tools' settings, and PEFT's rules of matching."""
 
+import dataclasses
 import re
 
 import jax
@@ -407,6 +408,21 @@ def test_axolotls_linear_layers_may_be_of_some_layers():
     assert (spec.targets, spec.layers) == ("all-linear", (1,))
 
 
+@pytest.mark.parametrize("more", ["lm_head", ["lm_head", "embed_tokens"], ["q_proj"]])
+def test_axolotls_linear_layers_and_named_modules_are_their_union(more):
+    """As 19 of its examples have them."""
+    config = AXOLOTL | {"lora_target_modules": more, "lora_target_linear": True}
+    named = LoraSpec.from_axolotl(AXOLOTL | {"lora_target_modules": more})
+    spec = LoraSpec.from_axolotl(config)
+    assert spec == dataclasses.replace(named, targets=("all-linear", *named.targets))
+    tree = {name: {"weight": jnp.ones((8, 8))} for name in ("q_proj", "up_proj", "lm_head", "embed_tokens", "norm")}
+    tree["norm"] = {"scale": jnp.ones(8)}
+    axes = {"*": jlora.Axes((1,), (0,))}
+    wrapped = jlora.wrap(tree, dataclasses.replace(spec, axes=axes, rank=2))
+    adapted = {name for name in tree if isinstance(next(iter(wrapped[name].values())), jlora.LoraParam)}
+    assert {*adapted} == {"q_proj", "up_proj", "embed_tokens", *([more] if isinstance(more, str) else more)}
+
+
 def test_axolotls_false_is_its_default_init():
     assert LoraSpec.from_axolotl(AXOLOTL | {"peft_init_lora_weights": False}).init == "kaiming"
 
@@ -418,7 +434,6 @@ AXOLOTL_REFUSED = {
     "alpha": ({"lora_alpha": None}, "lora_alpha=None can't be honoured"),
     "text": ({"lora_r": "16"}, "from_axolotl: rank must be an integer of at least 1, found '16'"),
     "no targets": ({"lora_target_modules": None}, "lora_target_modules=[] can't be honoured"),
-    "both": ({"lora_target_linear": True}, "drop one"),
     "layers": ({"lora_target_modules": "q", "peft_layers_to_transform": [1]}, "peft_layers_to_transform=[1] can't"),
     "replication": ({"peft_layer_replication": [[0, 4]]}, "peft_layer_replication=[[0, 4]] can't"),
     "saved": ({"lora_model_dir": "out"}, "LoraSpec.from_peft"),

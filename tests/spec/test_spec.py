@@ -52,10 +52,12 @@ def test_defaults_are_those_of_the_documentation():
     }
 
 
-@pytest.mark.parametrize("targets", ["all_linear", ["all-linear"], ["query", "all-linear"]])
-def test_all_linear_stands_by_itself(targets):
-    with pytest.raises(ValueError, match='every linear layer is targets="all-linear", by itself'):
-        LoraSpec(targets=targets)
+def test_all_linear_may_stand_beside_patterns():
+    assert LoraSpec(targets=["all-linear"]).targets == "all-linear"
+    assert LoraSpec(targets=["all-linear", "lm_head"]).targets == ("all-linear", "lm_head")
+    for targets in ("all_linear", ["q", "all_linear"]):
+        with pytest.raises(ValueError, match='every linear layer is targets="all-linear"'):
+            LoraSpec(targets=targets)
 
 
 @pytest.mark.parametrize("name", ["linear", "all"])
