@@ -119,6 +119,8 @@ def test_what_does_not_fit_the_tree(settings, message):
         ({"train_tokens": {"embed": "12"}}, r"train_tokens\['embed'\] must be a sequence of different indices"),
         ({"train_tokens": {"embed": [1, 1]}}, "different indices"),
         ({"layers_name": ""}, "layers_name must be"),
+        ({"layers_name": []}, "layers_name must be"),
+        ({"layers_name": ["h", 3]}, "layers_name must be"),
     ],
 )
 def test_what_a_spec_refuses(settings, message):

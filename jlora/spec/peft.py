@@ -94,16 +94,16 @@ def _layers(settings: Settings) -> dict[str, Any]:
     return {"layers": layers, "layers_name": _layers_name(settings, layers)}
 
 
-def _layers_name(settings: Settings, layers: Any) -> str | None:
+def _layers_name(settings: Settings, layers: Any) -> str | tuple[str, ...] | None:
     if not settings.is_set("layers_pattern"):
         return None
     given = settings.get("layers_pattern")
-    name = given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-        settings.refuse("layers_pattern", "there is one list of layers, by its plain name; give one, such as 'layers'")
+    names = (given,) if isinstance(given, str) else settings.listed("layers_pattern")
+    if not all(re.fullmatch(r"[\w-]+(\.[\w-]+)*", name) for name in names):
+        settings.refuse("layers_pattern", "it is a plain name of a list of layers, or several, such as 'encoder.layer'")
     if not layers:
         settings.refuse("layers_pattern", "it needs layers_to_transform beside it")
-    return name
+    return names[0] if len(names) == 1 else names
 
 
 def _tokens(settings: Settings) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class LoraSpec:
         ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``), or an `AdaptedParam` class.
       options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.
       layers: the layers to adapt, such as ``range(8, 16)``: by the number in a path, or on the stacked axis; None: all.
-      layers_name: of the list of layers, where a path has other numbers before the layer's.
+      layers_name: of the list of layers, where a path has other numbers before the layer's: ``"layers"``, or with what
+        is before it, ``"encoder.layer"``; or several such names, of which a path has one.
       bias: which biases are trained too: ``"none"``, ``"all"`` or ``"lora_only"`` (those beside adapted kernels).
       lora_bias: whether the update has a bias of its own: the layer's becomes ``bias + scale * lora_bias``.
       train: patterns of leaves and modules trained in full (PEFT's ``modules_to_save``).
@@ -78,7 +79,7 @@ class LoraSpec:
     variant: str | type[AdaptedParam] = "lora"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     layers: Sequence[int] | None = None
-    layers_name: str | None = None
+    layers_name: str | Sequence[str] | None = None
     bias: str = "none"
     lora_bias: bool = False
     train: tuple[Pattern, ...] = ()

@@ -60,6 +60,7 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         "train": patterns("train", given["train"]),
         "axes": {pattern: axes_of(pattern, value) for pattern, value in pairs("axes")},
         "layers": None if given["layers"] is None else indices("layers", given["layers"]),
+        "layers_name": names_of_lists(given["layers_name"]),
         "train_tokens": {p: indices(f"train_tokens[{p!r}]", ids) for p, ids in pairs("train_tokens")},
         "options": dict(pairs("options")),
         "dtype": None if given["dtype"] is None else float_dtype(given["dtype"]),
@@ -86,6 +87,13 @@ def target_tuple(targets: Any) -> Any:
         )
     found = patterns("targets", targets)
     return "all-linear" if {*found} == {"all-linear"} else found
+
+
+def names_of_lists(given: Any) -> str | tuple[str, ...] | None:
+    names = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
+    is_named = given is None or (bool(names) and all(isinstance(name, str) and name for name in names))
+    expect(is_named, "layers_name", "the name of the list of layers, several of them, or None", given)
+    return given if given is None or isinstance(given, str) else tuple(names)
 
 
 def patterns(name: str, value: Any) -> tuple[Pattern, ...]:
@@ -159,9 +167,6 @@ def check_ranges(spec: Mapping[str, Any]) -> None:
     check_init(spec["init"])
     check_variant_settings(spec)
     expect(isinstance(spec["lora_bias"], bool), "lora_bias", "True or False", spec["lora_bias"])
-    name = spec["layers_name"]
-    is_name = name is None or (isinstance(name, str) and name != "")
-    expect(is_name, "layers_name", "the name of the list of layers, or None", name)
     expect(spec["bias"] in BIASES, "bias", f"one of {BIASES}", spec["bias"])
     expect(type(spec["seed"]) is int, "seed", "an integer", spec["seed"])
 

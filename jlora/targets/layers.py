@@ -6,31 +6,43 @@ A leaf of an unrolled model has its layer's number in its path; one of stacked l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _NUMBERED = re.compile(r"(?:(.*?)[_.-]?)(\d+)")
 
 
-def layer_of(path: str, name: str | None = None) -> int | None:
+Name = str | Sequence[str] | None
+
+
+def layer_of(path: str, name: Name = None) -> int | None:
     """The number of the layer that a leaf belongs to: the first in its path, as in ``layers/3`` or ``block_3``.
 
     Args:
       path: of the leaf.
-      name: of the list of layers, where another number comes before: ``"layers"`` for ``stage_0/layers_3``.
+      name: of the list of layers, where another number comes before: ``"layers"`` for ``stage_0/layers_3``, or
+        ``"encoder.layer"`` with what is before it. Of several names the first that the path has.
 
     Example:
       >>> layer_of("encoder/layer_3/query/kernel"), layer_of("h/7/attn/kernel"), layer_of("head/kernel")
       (3, 7, None)
+      >>> layer_of("encoder/layer/3/decoder/layer/1/kernel", "decoder.layer")
+      1
     """
-    before = ""
-    for part in path.split("/")[:-1]:
-        if (match := _NUMBERED.fullmatch(part)) and name in (None, match[1] or before):
-            return int(match[2])
-        before = part
-    return None
+    lists = list(_lists(path.split("/")[:-1]))
+    if name is None:
+        return lists[0][1] if lists else None
+    names = [name] if isinstance(name, str) else name
+    return next((n for wanted in names for of, n in lists if f".{of}".endswith(f".{wanted}")), None)
 
 
-def in_layers(paths: Iterable[str], layers: Sequence[int] | None, name: str | None) -> set[str]:
+def _lists(parts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The lists that a path goes through, by their dotted names, and the place in each."""
+    for i, part in enumerate(parts):
+        if match := _NUMBERED.fullmatch(part):
+            yield ".".join([*parts[:i], *([match[1]] if match[1] else [])]), int(match[2])
+
+
+def in_layers(paths: Iterable[str], layers: Sequence[int] | None, name: Name) -> set[str]:
     """The targets without those of other layers than the chosen; what has no layer's number stays.
 
     Raises:
@@ -46,7 +58,7 @@ def in_layers(paths: Iterable[str], layers: Sequence[int] | None, name: str | No
     return {path for path, n in numbers.items() if n is None or n in layers}
 
 
-def layered(paths: Iterable[str], layers: Sequence[int] | None, name: str | None, stacked: set[str]) -> list[str]:
+def layered(paths: Iterable[str], layers: Sequence[int] | None, name: Name, stacked: set[str]) -> list[str]:
     """The targets that have layers: by the number in their path, or as one of the `stacked`.
 
     Raises:
@@ -64,7 +76,7 @@ def layered(paths: Iterable[str], layers: Sequence[int] | None, name: str | None
     return kept
 
 
-def chosen_slices(path: str, layers: Sequence[int] | None, name: str | None, count: int) -> tuple[int, ...] | None:
+def chosen_slices(path: str, layers: Sequence[int] | None, name: Name, count: int) -> tuple[int, ...] | None:
     """Which of `count` stacked layers are adapted: None for all, also where the path has the layer's number.
 
     Raises:

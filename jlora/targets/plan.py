@@ -14,7 +14,7 @@ from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 from jlora.spec import LoraSpec
 from jlora.targets.conventions import kernel_axes
-from jlora.targets.layers import chosen_slices, in_layers, layered
+from jlora.targets.layers import Name, chosen_slices, in_layers, layered
 from jlora.targets.paths import module_of
 from jlora.targets.select import biases_beside, biases_of, select, sites_of
 
@@ -104,7 +104,7 @@ def _of_leaf(path: str, leaf: Any, axes: Axes, kind: str, spec: LoraSpec) -> Ada
     return Adapted(spec.node, dataclasses.replace(kernel, layers=_slices(kernel, spec.layers, spec.layers_name)))
 
 
-def _slices(kernel: Kernel, layers: Sequence[int] | None, name: str | None) -> tuple[int, ...] | None:
+def _slices(kernel: Kernel, layers: Sequence[int] | None, name: Name) -> tuple[int, ...] | None:
     batch = kernel.axes.batch_axis
     return chosen_slices(kernel.path, layers, name, kernel.shape[batch[0]]) if batch else None
 

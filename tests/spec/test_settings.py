@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jlora
 from jlora import LoraSpec
+from jlora.nodes.node import is_node
 from jlora.targets.paths import flatten
 from jlora.targets.patterns import MAX_PATTERN, matcher
 from jlora.targets.select import select
@@ -210,6 +211,20 @@ def test_the_name_of_the_list_of_layers(name):
     assert LoraSpec.from_peft(PEFT | {"layers_to_transform": [0], "layers_pattern": name}).layers_name == "h"
 
 
+LISTS = [("encoder.layer", "encoder.layer"), (["h", "encoder.layer"], ("h", "encoder.layer"))]
+
+
+@pytest.mark.parametrize("given, expected", LISTS)
+def test_lists_of_layers_by_what_is_before_them_and_several(given, expected):
+    spec = LoraSpec.from_peft(PEFT | {"layers_to_transform": [1], "layers_pattern": given})
+    assert spec.layers_name == expected and LoraSpec.from_dict(spec.to_dict()) == spec
+    tree = {"encoder": {"layer": {str(i): {"q_proj": {"kernel": jnp.ones((32, 32))}} for i in range(3)}}}
+    tree["decoder"] = {"layer": {str(i): {"q_proj": {"kernel": jnp.ones((32, 32))}} for i in range(3)}}
+    wrapped = jlora.wrap(tree, spec)
+    nodes = [path for path, leaf in zip(*flatten(wrapped, is_node)[:2], strict=True) if is_node(leaf)]
+    assert nodes == ["encoder/layer/1/q_proj/kernel"]
+
+
 def test_modules_to_save_match_ends_of_names_and_all_within():
     """As in PEFT, where they are compared without a dot before them, and are no targets."""
     names = [*NAMES, "model.score.dense", "q_proj.score"]
@@ -328,8 +343,7 @@ REFUSED = {
     "layers of text": ({"target_modules": "q_proj", "layers_to_transform": 0}, "a list of target_modules only"),
     "layers name of text": ({"target_modules": "q_proj", "layers_pattern": "h"}, "a list of target_modules only"),
     "layers alone": ({"layers_pattern": "h"}, "needs layers_to_transform"),
-    "two lists of layers": ({"layers_to_transform": [0], "layers_pattern": ["h", "g"]}, "one list of layers"),
-    "regex of layers": ({"layers_to_transform": [0], "layers_pattern": "h.*"}, "one list of layers"),
+    "regex of layers": ({"layers_to_transform": [0], "layers_pattern": "h.*"}, "a plain name of a list of layers"),
     "layers": ({"layers_to_transform": "3"}, "layers must be a sequence"),
     "layers twice": ({"target_modules": ["0.q_proj"], "layers_to_transform": [1]}, "name layers too, ['0.q_proj']"),
     "parameters": ({"target_modules": "all-linear", "target_parameters": ["a"]}, "target_parameters=['a'] can't be"),
