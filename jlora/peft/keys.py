@@ -24,6 +24,19 @@ _NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _ECHO = re.compile(r"(.+)\.(modules_to_save|original_module)\.([\w-]+)")
 
 
+_NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.([\w-]+?)(?:\.weight|\.bias)?")
+# Other tools' names of the same arrays.
+_OTHERS = {
+    "one of kohya's scripts": re.compile(r"lora_(?:unet|te\d?|transformer)\w*\.(?:alpha|lora_(?:down|up)\.weight)"),
+    "one of diffusers'": re.compile(
+        r"(?:unet|transformer|text_encoder\w*)\..+\.lora(?:_[AB]|\.(?:down|up)|_(?:down|up))\.weight"
+    ),
+    "one of MLX-LM's": re.compile(r".+\.lora_[ab]"),
+    "one of torchtune's": re.compile(r".+\.lora_[ab]\.weight"),
+    "one of the model's own: the file has weights, and no adapter": re.compile(r"(?!.*lora).+\.(?:weight|bias)"),
+}
+
+
 class Key(NamedTuple):
     """A tensor of an adapter's file.
 
@@ -49,11 +62,17 @@ def parse(key: str) -> Key:
     """
     name = key.removeprefix(PREFIX)
     if name == key or len(key) > 1000 or not _NAME.fullmatch(name):
-        raise ValueError(f"the tensor {key[:200]!r} is none of PEFT's, whose names begin with {PREFIX!r}")
+        whose = next((f": it is {tool}" for tool, pattern in _OTHERS.items() if pattern.fullmatch(key[:1000])), "")
+        raise ValueError(f"the tensor {key[:200]!r} is none of PEFT's, whose names begin with {PREFIX!r}{whose}")
     if match := _SUFFIX.fullmatch(name):
         return Key(match[1], _ROLES[match[2]])
     if match := _ECHO.fullmatch(name):
         return Key(f"{match[1]}.{match[3]}", f"echo of {match[2]}")
+    if match := _NAMED.fullmatch(name):
+        raise ValueError(
+            f"the tensor {key[:200]!r} has the adapter's name {match[1]!r} in it, as a model's own state_dict has; write "
+            "the adapter by model.save_pretrained, or take that name out of the keys"
+        )
     if re.search(r"(^|\.)(lora|ia3|hada|lokr|oft|vera|boft)_", name):
         raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows")
     return Key(name.replace(".base_layer.", "."), "full")

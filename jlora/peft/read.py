@@ -45,7 +45,13 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
 
 def _check_types(file: TensorFile) -> None:
     for name, info in file.infos.items():
-        if info.dtype.kind in "iub" or 0 in info.shape:
+        if 0 in info.shape:
+            raise ValueError(
+                f"{file.path}: {name} is empty, of shape {info.shape}: it was written while its parts were spread over "
+                "processes, as DeepSpeed's ZeRO-3 does; gather them when you save "
+                "(stage3_gather_16bit_weights_on_model_save), or make the file of the checkpoint by zero_to_fp32.py"
+            )
+        if info.dtype.kind in "iub":
             raise ValueError(f"{file.path}: {name} is {info.shape} of {info.dtype.name}; expected are floating numbers")
 
 
@@ -57,7 +63,9 @@ def check_there(directory: Path) -> None:
             "PEFT where you trust it, and save it again as safetensors"
         )
     if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
-        raise FileNotFoundError(f"{directory} is no adapter of PEFT's: it has no {' and no '.join(missing)}")
+        within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}")) if directory.is_dir() else []
+        hint = f"; the adapters in it are {', '.join(within[:5])}: give one of these folders" if within else ""
+        raise FileNotFoundError(f"{directory} is no adapter of PEFT's: it has no {' and no '.join(missing)}{hint}")
 
 
 def _adapter(file: TensorFile, config: Config) -> Adapter:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 UNSET = (None, False, 0)
-CLOSE = 0.85  # a slip of a letter or two
+NEAR, CLOSE = 0.7, 0.85  # a name that is alike; a slip of a letter or two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,16 @@ class Settings:
         for name, value in self.values.items():
             if name in known or value is None or value is False or (isinstance(value, Collection) and not value):
                 continue
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
             is_near = bool(difflib.get_close_matches(name, known, n=1, cutoff=CLOSE))
             if prefixes is None or name.startswith(prefixes) or is_near:
-                hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(sorted(known))}"
-                raise ValueError(f"{self.where} knows no setting {name!r} (found {value!r}); {hint}")
+                hint = f"did you mean {near[0]!r}?" if near else "leave it out, if the adapter does not depend on it"
+                raise ValueError(f"{self.where} knows no setting {name!r} (found {_short(value)}); {hint}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # By the function that reads them: what settings are, and names that such alone have.
