@@ -70,8 +70,8 @@ def parse(key: str) -> Key:
         return Key(f"{match[1]}.{match[3]}", f"echo of {match[2]}")
     if match := _NAMED.fullmatch(name):
         raise ValueError(
-            f"the tensor {key[:200]!r} has the adapter's name {match[1]!r} in it, as a model's own state_dict has; write "
-            "the adapter by model.save_pretrained, or take that name out of the keys"
+            f"the tensor {key[:200]!r} has the adapter's name {match[1]!r} in it, as a model's own state_dict has; "
+            "write the adapter by model.save_pretrained, or take that name out of the keys"
         )
     if re.search(r"(^|\.)(lora|ia3|hada|lokr|oft|vera|boft)_", name):
         raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows")
