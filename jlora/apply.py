@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,7 +136,7 @@ def run_on_wrapped(
 def _check_result(x: Any) -> None:
     """Refuses an object that holds an array of the trace where JAX does not see it."""
     held = [*getattr(x, "__dict__", {}).values(), *(x.values() if isinstance(x, Mapping) else ())]
-    held += [cell.cell_contents for cell in getattr(x, "__closure__", None) or ()]
+    held += [cell.cell_contents for cell in getattr(x, "__closure__", None) or () if cell != types.CellType()]
     if not isinstance(x, jax.Array) and any(is_traced(value) for value in held):
         raise TypeError(
             f"apply: the function returns a {type(x).__name__} that holds an array and is no pytree; return the array, "

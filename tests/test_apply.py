@@ -746,6 +746,19 @@ class Holder:
         self.y = y
 
 
+def test_a_function_that_is_returned_may_refer_to_what_is_not_there_yet():
+    def fn(p, x):
+        y = x @ p["w"]
+        later = lambda: missing
+        if x is None:
+            missing = None
+        return y, later
+
+    found, later = jlora.apply(fn)(WRAPPED, X)
+    assert_close(found, X @ MERGED["w"])
+    assert later.__closure__
+
+
 def test_objects_that_hide_an_array_of_the_trace_are_refused():
     for fn in (Holder, lambda y: lambda: y):
         with pytest.raises(TypeError, match=r"returns a (Holder|function) that holds an array and is no pytree"):
