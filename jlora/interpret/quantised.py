@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jlora.interpret import compat, eightbits, stored
+from jlora.interpret.linear import linear
 from jlora.interpret.places import entries
 from jlora.nodes import qarray
 
@@ -171,17 +172,8 @@ def _product(eqn: Any, values: list[Any], place: int) -> Any:
         codes = weight.indexed().stored
         return eightbits.faster(eqn, codes, place, exact)(codes, x)
 
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return forward(weight, x, *rest)
-    linear = jax.custom_jvp(forward)
-
-    @linear.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        weight, x, *rest = primals
-        # What is recomputed is tied to its cotangent by jax.checkpoint.
-        return linear(weight, x, *rest), jax.checkpoint(product)(weight, tangents[1], *rest)
-
-    return linear(weight, x, *rest)
+    is_frozen = not jnp.issubdtype(x.dtype, jnp.inexact)
+    return forward(weight, x, *rest) if is_frozen else linear(forward, product, weight, x, *rest)
 
 
 def _stored_view(eqn: Any, values: Sequence[Any], places: list[int]) -> Any:

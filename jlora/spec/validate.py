@@ -101,7 +101,10 @@ def patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     patterns: tuple[Any, ...] = tuple(value) if is_many else (value,)
     for pattern in patterns:
         expect(isinstance(pattern, (str, re.Pattern)), name, "a pattern (a string) or a sequence of them", value)
-        matcher(pattern)
+        try:
+            matcher(pattern)
+        except ValueError as error:
+            raise ValueError(f"LoraSpec: {name}: {error}") from None
     return patterns
 
 

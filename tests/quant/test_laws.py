@@ -5,12 +5,13 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlora
 from tests.models import MODELS
 from tests.programs import PROGRAMS
-from tests.support import adapted, error, exactly, same_bits, spec_of
+from tests.support import adapted, error, exactly, randomised, same_bits, spec_of
 from tests.test_zoo import total
 
 ZOO = {program.name: program for program in PROGRAMS + MODELS}
@@ -89,3 +90,33 @@ def test_frozen_means_frozen(name):
     tree = jlora.wrap(base, spec_of(ZOO[name]))
     assert same_bits(jlora.unwrap(tree), base)
     assert same_bits(jlora.combine(*jlora.partition(tree)), tree)
+
+
+# How a product with a quantised weight is transformed, as a function of its other input.
+TRANSFORMS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "vmap": jax.vmap,
+    "vmap in columns": lambda f: lambda x: jax.vmap(f, in_axes=1, out_axes=1)(x.T).T,
+    "map": lambda f: lambda x: jax.lax.map(f, x),
+    "checkpoint": jax.checkpoint,
+    "vmap of a scan": lambda f: lambda x: jax.lax.scan(lambda h, _: (h, jax.vmap(f)(h)), x, None, length=2)[1].sum(0),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_a_product_is_linear_in_its_other_input(transform, dtype, is_adapted):
+    """The barrier that keeps the numbers from being made ahead is no function of x: it can be transposed."""
+    base = jlora.quant.quantize({"q": {"kernel": jax.random.normal(jax.random.key(0), (6, 6))}}, dtype)
+    tree = randomised(jlora.wrap(base, jlora.LoraSpec(rank=2))) if is_adapted else base
+    product = TRANSFORMS[transform](lambda x: jlora.apply(lambda p, x: x @ p["q"]["kernel"].T)(tree, x))
+    whole = jlora.merge(tree, dtype=jnp.float32) if is_adapted else jlora.quant.dequantize(base)
+    weight = whole["q"]["kernel"]
+    x, y = (jax.random.normal(jax.random.key(seed), (6, 6)) for seed in (1, 2))
+    scale = 2 if "scan" in transform else 1
+    np.testing.assert_allclose(product(x), scale * x @ weight.T, atol=2e-5)
+    np.testing.assert_allclose(jax.linear_transpose(product, x)(y)[0], scale * y @ weight, atol=2e-5)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.vdot(product(x), y))(x), scale * y @ weight, atol=2e-5)
+    np.testing.assert_allclose(jax.jvp(product, (x,), (y,))[1], scale * y @ weight.T, atol=2e-5)

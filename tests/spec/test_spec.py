@@ -153,7 +153,7 @@ def test_targets_of_no_known_form_are_refused(targets):
 
 @pytest.mark.parametrize("setting", ["targets", "exclude", "train"])
 def test_patterns_are_compiled_at_once(setting):
-    with pytest.raises(ValueError, match="no valid regular expression"):
+    with pytest.raises(ValueError, match=f"LoraSpec: {setting}: .* is no valid regular expression"):
         LoraSpec(**{setting: ["re:("]})
 
 
