@@ -212,8 +212,8 @@ def together(d: Drawing) -> str:
     other, _ = d.weight(lambda x: x.shape == w.shape)
     plain = f"m{w.shape[0]}{w.shape[1]}" if w.shape in ((4, 4), (4, 8), (8, 4), (8, 8)) else other
     axis = int(d.rng.integers(w.ndim))
-    return d.one([
-        f"{name} + {other}", f"{name} - {d.one([other, plain])}", f"jnp.concatenate([{name}, {other}], {axis})",
+    return d.one([  # a weight less itself is zero, or what rounding leaves of it: no quotient of that is told apart
+        f"{name} + {other}", f"1.5 * {name} - {d.one([other, plain])}", f"jnp.concatenate([{name}, {other}], {axis})",
         f"jnp.concatenate([{plain}, {name}], {axis})", f"jnp.stack([{name}, {other}], {axis})",
         f"jnp.where(flag, {name}, {other})", f"lax.select_n(flag, {name}, {plain})",
         f"lax.cond(flag, lambda a, b: a, lambda a, b: b, {name}, {other})",

@@ -26,8 +26,12 @@ def about(node: AdaptedParam) -> dict[str, Any]:
     return {
         "class": type(node).__name__,
         "arrays": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays(node).items()},
-        "settings": {name: dataclasses.asdict(x) if isinstance(x, Axes) else x for name, x in static.items()},
+        "settings": {name: _told(x) if isinstance(x, Axes) else x for name, x in static.items()},
     }
+
+
+def _told(axes: Axes) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(axes).items() if value is not None}
 
 
 def arrays(node: AdaptedParam) -> dict[str, Any]:

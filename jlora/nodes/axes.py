@@ -15,6 +15,7 @@ class Axes:
       in_axis: contracted with the activations (for an embedding table: looked up).
       out_axis: produced.
       batch_axis: stacked kernels, each with factors of its own: scanned layers, experts.
+      lookup: whether it is a table of which rows are looked up, where its name tells otherwise; None: as it tells.
 
     Example:
       >>> Axes((0,), (1, 2))  # a query kernel (features, heads, head_dim)
@@ -24,9 +25,10 @@ class Axes:
     in_axis: tuple[int, ...]
     out_axis: tuple[int, ...]
     batch_axis: tuple[int, ...] = ()
+    lookup: bool | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("in_axis", "out_axis", "batch_axis"):
+            value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(int(axis) for axis in value)
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, name, value)

@@ -31,6 +31,7 @@ def load(
     names: str | Sequence[Entry] | None = None,
     sites: Mapping[str, Site] | None = None,
     prefix: str | None = None,
+    fan_in_fan_out: bool | Sequence[str] | None = None,
     allow_nonfinite: bool = False,
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
@@ -48,6 +49,9 @@ def load(
       sites: what `jlora.sites` found, for kernels whose axes neither names nor sizes tell.
       prefix: where in the tree the adapted model is, as in ``"text_model"``, where that is not to be seen. None: the
         adapter's names are the tree's, but for known wrappers around the model, such as ``bert.`` or ``model.``.
+      fan_in_fan_out: whether matrices of a tree lie (in, out), as those of Transformers' ``Conv1D`` in GPT-2: True or
+        False for all, or the ends of the names of those that do. None: as their sizes, their biases, other modules of
+        the tree and their names tell. Of a file the setting of this name tells little: it is that of one module.
       allow_nonfinite: take NaN and infinite values as they are.
 
     Returns:
@@ -71,7 +75,7 @@ def load(
       >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
       (3, 2)
     """
-    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites, prefix)
+    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites, prefix, fan_in_fan_out)
 
 
 def save(

@@ -19,8 +19,9 @@ from jlora.nodes.kernel import Kernel, KernelSpec
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.nodes.qarray import codes, dense, is_qarray
 from jlora.peft import layout
-from jlora.peft.adapter import EXPERTS, Adapter, Update
+from jlora.peft.adapter import EMBEDDING, LINEAR, Adapter, Update
 from jlora.peft.layout import Part, Sizes, Words
+from jlora.peft.orient import Orientation, how_to_say, of_whole
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.dora import DoraParam, squared_norms
@@ -29,11 +30,19 @@ from jlora.variants.tokens import TokensParam
 
 
 class Tree(NamedTuple):
-    """The leaves of the parameters, by path, the axes of those of which they are known, and the adapter."""
+    """The parameters, what is known of them, and the adapter.
+
+    Args:
+      leaves: by path.
+      axes: of those leaves of which they are known.
+      adapter: what is put onto them.
+      orientation: which way a matrix lies whose axes are not known.
+    """
 
     leaves: Mapping[str, Any]
     axes: Mapping[str, Axes]
     adapter: Adapter
+    orientation: Orientation
 
 
 def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
@@ -41,6 +50,9 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     base, adapter = tree.leaves[path], tree.adapter
     words, fixed = _words(path, pieces, tree), fixed_axes(path, pieces)
     axes = _axes(words, fixed, len(base.shape))
+    told = layout.kind_of(pieces[0].name, path, words)
+    if told != pieces[0].value.kind and EMBEDDING in (told, pieces[0].value.kind):
+        axes = dataclasses.replace(axes, lookup=told != EMBEDDING)
     part = Part(words, pieces[0].slot.sizes(base.shape), pieces[0].slot.layout)
     scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
     rank = max(piece.value.rank for piece in pieces)
@@ -73,37 +85,25 @@ def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
         words = layout.words_of(slot, tree.axes[path])
         fits = [words] if layout.is_fitting(words, slot.sizes(shape), sizes) else []
     else:
-        fits = layout.fitting(slot, shape, sizes, _is_turned(pieces[0], tree))
+        fits = layout.fitting(slot, shape, sizes, tree.orientation.in_first(name, slot, update.kind))
     if len(fits) == 1:
         return fits[0]
     factors = f"peft.load: {name} has factors {update.a.shape} and {update.b.shape}"
+    is_matrix = len(slot.sizes(shape)) == 2
     if not fits:
-        raise ValueError(f"{factors}, which do not fit {path} of shape {tuple(shape)}")
+        is_other = is_matrix and path not in tree.axes and layout.fitting(slot, shape, sizes, None)
+        way = f" but the other way round; if it is so, {how_to_say(name)}" if is_other else ""
+        raise ValueError(f"{factors}, which do not fit {path} of shape {tuple(shape)}{way}")
+    way = f", {how_to_say(name)}" if is_matrix and update.kind == LINEAR else ""
     raise ValueError(
         f"{factors}; the sizes of {path}, {tuple(shape)}, do not tell its axes: {_either(fits)}. Give "
         'sites=jlora.sites(fn, params, *args), or say it in the map: (name, path, jlora.peft.Layout("in out out"))'
+        f"{way}"
     )
 
 
 def _either(fits: Sequence[Words]) -> str:
     return " or ".join(map(" ".join, fits))
-
-
-def _is_turned(piece: Piece, tree: Tree) -> bool | None:
-    """Of a square weight, whether it is (in, out): as others of its name, or experts beside, that are not square.
-
-    None where nothing tells.
-    """
-    experts = piece.value.kind == EXPERTS
-    group = (lambda name: name.rpartition(".")[0]) if experts else (lambda name: name.rpartition(".")[2])
-    for name, update in tree.adapter.updates.items():
-        if group(name) == group(piece.name) and update.kind == piece.value.kind:
-            path = name.replace(".", "/")
-            found = (tree.leaves.get(leaf) for leaf in (f"{path}/weight", f"{name}.weight", path, name))
-            shape: Any = getattr(next((leaf for leaf in found if leaf is not None), None), "shape", ())
-            if len(shape) >= 2 and shape[-1] != shape[-2]:
-                return shape[-2] == update.a.shape[-1]
-    return None if experts else bool(tree.adapter.conv1d)
 
 
 def _axes(words: Words, fixed: tuple[int, ...], ndim: int) -> Axes:
@@ -193,8 +193,8 @@ def of_leaf(piece: Piece, array: np.ndarray, base: Any) -> np.ndarray:
         if array.size != math.prod(left) or (slot.is_native and array.shape != left):
             raise ValueError(told)
         return array if slot.is_native else layout.vector(array, slot, Part(("out",) * len(left), left, slot.layout))
-    sizes = Sizes.of_weight(name, array.shape)
-    fits = layout.fitting(slot, base.shape, sizes)
+    sizes = Sizes.of_weight(name, array.shape, slot.layout)
+    fits = layout.fitting(slot, base.shape, sizes, of_whole(name, slot, sizes.kind))
     if len(fits) != 1:
         ways = f", or in several ways: {_either(fits)}" if fits else ""
         raise ValueError(f'{told}{ways}; the map may say how: (name, path, jlora.peft.Layout("in out"))')

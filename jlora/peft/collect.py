@@ -96,7 +96,7 @@ def _is_kernel(slot: Slot) -> bool:
 def _is_conv1d(name: str, slot: Slot, node: Any) -> bool:
     """Whether a weight that lies as PyTorch's is (in, out), as GPT-2's."""
     words = layout.words_of(slot, node.axes)
-    return slot.is_native and words == ("in", "out") and layout.kind_of(name, slot.path, words) == LINEAR
+    return slot.is_native and words == ("in", "out") and layout.kind_of(name, slot.path, words, node.axes) == LINEAR
 
 
 def _updates(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Update]]:
@@ -130,7 +130,7 @@ def _is_adapted(node: Any, slot: Slot) -> bool:
 def _update(name: str, slot: Slot, node: Any, fields: Mapping[str, Any]) -> Update:
     words = layout.words_of(slot, node.axes)
     part = Part(words, slot.sizes(node.shape), slot.layout)
-    kind, axes = layout.kind_of(name, slot.path, words), node.axes
+    kind, axes = layout.kind_of(name, slot.path, words, node.axes), node.axes
     take = lambda x, groups: _taken(x, groups, slot, axes, fields["layers"])
     a = layout.torch_a(take(fields["a"], (axes.batch_axis, axes.in_axis)), kind, part)
     b = layout.torch_b(take(fields["b"], (axes.batch_axis, (None,), axes.out_axis)), part)

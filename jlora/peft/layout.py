@@ -11,7 +11,8 @@ import numpy as np
 
 from jlora.nodes.axes import Axes
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Update
-from jlora.peft.names import FLAX, Layout, Slot, is_embedding
+from jlora.peft.names import WEIGHTS, Layout, Slot
+from jlora.targets.conventions import KERNELS, is_table
 
 Words = tuple[str, ...]
 _SCALES = {"rsqrt_head": lambda outs: 1 / math.sqrt(outs[-1]), "sqrt_features": lambda outs: math.sqrt(math.prod(outs))}
@@ -39,20 +40,31 @@ class Part(NamedTuple):
         return self.words[-1] == "out"
 
     @property
+    def is_conv1d(self) -> bool:
+        """Whether PyTorch's weight is (in, out)."""
+        return self.layout.conv1d and "batch" not in self.words
+
+    @property
     def factor(self) -> float:
         """What the leaf is PyTorch's times."""
         scale = self.layout.scale
         return _SCALES[scale](self.of("out")) if isinstance(scale, str) else float(scale)
 
 
-def kind_of(name: str, path: str, words: Words) -> str:
-    """What a module is by its name and by the axes of its part of the leaf."""
+def kind_of(name: str, path: str, words: Words, axes: Axes | None = None) -> str:
+    """What a module is by the axes of its part of the leaf, and by its name where those do not tell."""
     if "batch" in words:
         return EXPERTS
     if words.count("in") == 3 and words.count("out") == 1:
         return CONV
-    is_table = words == ("in", "out") and (path.rpartition("/")[2] == "embedding" or is_embedding(name))
-    return EMBEDDING if is_table else LINEAR
+    is_named = is_table(path) or (is_embedding(name) and path.rpartition("/")[2] not in KERNELS)
+    is_looked_up = is_named if axes is None or axes.lookup is None else axes.lookup
+    return EMBEDDING if words == ("in", "out") and is_looked_up else LINEAR
+
+
+def is_embedding(name: str) -> bool:
+    """Whether PyTorch's module is a table of embeddings, by its name."""
+    return is_table(f"{name.replace('.', '/')}/weight")
 
 
 def words_of(slot: Slot, axes: Axes) -> Words:
@@ -76,23 +88,25 @@ class Sizes(NamedTuple):
         return cls(update.kind, ins, update.b.shape[-2] // (slot.part or (0, 1))[1], stacked)
 
     @classmethod
-    def of_weight(cls, name: str, shape: tuple[int, ...]) -> Sizes:
+    def of_weight(cls, name: str, shape: tuple[int, ...], layout: Layout = Layout()) -> Sizes:  # noqa: B008
         """Those of a whole weight as PyTorch keeps it."""
         if len(shape) == 2 and is_embedding(name):
             return cls(EMBEDDING, *shape)
+        if len(shape) == 2 and layout.conv1d:
+            return cls(LINEAR, *shape)
         if len(shape) == 3:
             return cls(EXPERTS, shape[2], shape[1], shape[:1])
         return cls(CONV if len(shape) == 4 else LINEAR, math.prod(shape[1:]), shape[0])
 
 
-def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool | None = False) -> list[Words]:
-    """The words that a part of a leaf may have, by its sizes; the likeliest alone where there is one.
+def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, in_first: bool | None) -> list[Words]:
+    """The words that a part of a leaf may have.
 
     Args:
       slot: the part.
       shape: of the leaf.
       sizes: of the module.
-      is_turned: of a square PyTorch weight, whether it is (in, out), as GPT-2's; None: not known.
+      in_first: whether its in axes come before its out axes, as in Flax's kernels; None: only the sizes tell.
     """
     left = slot.sizes(shape)
     if slot.layout.dims is not None:
@@ -100,7 +114,7 @@ def fitting(slot: Slot, shape: Sequence[int], sizes: Sizes, is_turned: bool | No
         return [words] if len(words) == len(left) and is_fitting(words, left, sizes) else []
     every: Iterable[Words] = itertools.product(("in", "out", "batch"), repeat=len(left))
     possible: list[Words] = [words for words in every if is_fitting(words, left, sizes)]
-    return _likeliest(possible, slot.path.rpartition("/")[2].rpartition(".")[2], sizes.kind, is_turned)
+    return _ordered(possible, slot.path.rpartition("/")[2].rpartition(".")[2], sizes.kind, in_first)
 
 
 def is_fitting(words: Words, left: Sequence[int], sizes: Sizes) -> bool:
@@ -115,17 +129,14 @@ def _product(words: Words, sizes: Sequence[int], word: str) -> int:
     return math.prod(n for w, n in zip(words, sizes, strict=True) if w == word)
 
 
-def _likeliest(possible: list[Words], leaf: str, kind: str, is_turned: bool | None) -> list[Words]:
-    """Of several the one that has its in axes first, as Flax's kernels, or last, as PyTorch's weights."""
+def _ordered(possible: list[Words], leaf: str, kind: str, in_first: bool | None) -> list[Words]:
+    """Those that have their in axes first, or last."""
     if kind == CONV:
-        possible = [words for words in possible if words.count("in") == 3 and "out" in (words[0], words[-1])]
-    is_torch = leaf == "weight" or kind == EXPERTS
-    if len(possible) <= 1 or (is_torch and is_turned is None) or not (is_torch or leaf in FLAX):
+        return [words for words in possible if words.count("in") == 3 and "out" in (words[0], words[-1])]
+    if in_first is None or not (leaf in WEIGHTS or kind == EXPERTS):
         return possible
-    in_first = not is_torch or kind == EMBEDDING or is_turned
     order = ("batch", "in", "out") if in_first else ("batch", "out", "in")
-    sorted_ones = [words for words in possible if list(words) == sorted(words, key=order.index)]
-    return sorted_ones if len(sorted_ones) == 1 else possible
+    return [words for words in possible if list(words) == sorted(words, key=order.index)]
 
 
 def lora_a(update: Update, part: Part) -> np.ndarray:
@@ -153,14 +164,15 @@ def _rows(x: np.ndarray, slot: Slot, axis: int) -> np.ndarray:
 
 def part_of(weight: np.ndarray, slot: Slot) -> np.ndarray:
     """The rows of PyTorch's parameter that are the slot's: of stacked experts, those of each."""
-    if slot.part is not None and weight.shape[out_axis(weight.ndim)] % slot.part[1]:
+    axis = out_axis(weight.ndim, slot.layout)
+    if slot.part is not None and weight.shape[axis] % slot.part[1]:
         raise ValueError(f"peft: {weight.shape} can't be divided into {slot.part[1]} parts, for {slot.path}")
-    return _rows(weight, slot, out_axis(weight.ndim))
+    return _rows(weight, slot, axis)
 
 
-def out_axis(ndim: int) -> int:
+def out_axis(ndim: int, layout: Layout) -> int:
     """The axis of the outputs in PyTorch's parameter."""
-    return 1 if ndim == 3 else 0
+    return 1 if ndim == 3 or (ndim == 2 and layout.conv1d) else 0
 
 
 def outputs(x: np.ndarray, part: Part) -> np.ndarray:
@@ -214,7 +226,7 @@ def _matrix(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
     """PyTorch's weight as (batch..., in, out)."""
     if kind == CONV:
         return x.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
-    return x if kind == EMBEDDING else x.swapaxes(-1, -2)
+    return x if kind == EMBEDDING or part.is_conv1d else x.swapaxes(-1, -2)
 
 
 def _grouped(part: Part) -> list[int]:
@@ -231,4 +243,4 @@ def torch_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
         return x.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
     batch, ins, outs = part.of("batch"), part.of("in"), part.of("out")
     x = x.reshape(*batch, math.prod(ins), math.prod(outs))
-    return x if kind == EMBEDDING else x.swapaxes(-1, -2)
+    return x if kind == EMBEDDING or part.is_conv1d else x.swapaxes(-1, -2)

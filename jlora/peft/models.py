@@ -76,7 +76,7 @@ def to_safetensors(
         if ordered[0].part is not None and len(ordered) != ordered[0].part[1]:
             raise ValueError(f"peft.to_safetensors: of {parameter} the tree has {len(ordered)} of its parts only")
         shapes = [shape_of(name, slot, by_path[slot.path], found_axes.get(slot.path)) for slot in ordered]
-        axis, shape = layout.out_axis(len(shapes[0])), list(shapes[0])
+        axis, shape = layout.out_axis(len(shapes[0]), ordered[0].layout), list(shapes[0])
         if len(shapes) > 1:
             shape[axis] = sum(each[axis] for each in shapes)
         own = np.dtype(by_path[ordered[0].path].dtype)

@@ -30,7 +30,6 @@ FLAX = ("kernel", "embedding", "scale")
 WEIGHTS = ("weight", *FLAX)
 NUMBERS = tuple("ijklmn")
 HEAD, TABLES = "lm_head", ("embed_tokens", "wte")  # a language model's output layer, and the tables that may be it
-EMBEDDINGS = re.compile(r"(?:.*\.)?(?:\w*embed\w*|\w*embeddings?|wte|wpe|shared)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +44,14 @@ class Layout:
       scale: what the kernel is PyTorch's times: a number, ``"rsqrt_head"`` (1 / sqrt(size of the last out axis)) or
         ``"sqrt_features"`` (sqrt(size of all out axes)).
       is_parameter: PyTorch's name is the parameter's own, not that of a weight's module; so it is of stacked experts.
+      conv1d: PyTorch's weight is (in, out), as that of Transformers' ``Conv1D`` in GPT-2.
     """
 
     dims: str | None = None
     rope: bool | int = False
     scale: float | str = 1.0
     is_parameter: bool = False
+    conv1d: bool = False
 
 
 Entry = tuple[str, str] | tuple[str, str, Layout]
@@ -243,11 +244,6 @@ def _pattern(template: str) -> re.Pattern[str]:
     pieces = _VARIABLE.split(template)
     body = "".join(compiled(x) if _VARIABLE.fullmatch(x) else re.escape(x) for x in pieces)
     return re.compile(rf"(?:params/)*{body}")
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a module is a table of embeddings, by its name."""
-    return EMBEDDINGS.fullmatch(name.rpartition(".")[2]) is not None and not name.endswith("proj")
 
 
 class Shift(NamedTuple):

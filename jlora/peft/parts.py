@@ -75,7 +75,7 @@ def _as_torch(name: str, slot: Slot, x: np.ndarray, axes: Axes | None) -> np.nda
     part = Part(words, x.shape, slot.layout)
     if {*words} <= {"out"}:
         return layout.torch_outputs(x, part).reshape(-1).astype(x.dtype)
-    return layout.torch_weight(x, layout.kind_of(name, slot.path, words), part).astype(x.dtype)
+    return layout.torch_weight(x, layout.kind_of(name, slot.path, words, axes), part).astype(x.dtype)
 
 
 def _words(name: str, slot: Slot, ndim: int, axes: Axes | None) -> Words:
@@ -104,8 +104,8 @@ def shape_of(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> tupl
     ins, outs = part.of("in"), part.of("out")
     if {*words} <= {"out"}:
         return (math.prod(sizes),)
-    kind = layout.kind_of(name, slot.path, words)
+    kind = layout.kind_of(name, slot.path, words, getattr(leaf, "axes", axes))
     if kind == CONV:
         return (*outs, *((ins[2], *ins[:2]) if part.is_channel_last else ins))
     flat = (math.prod(ins), math.prod(outs))
-    return (*part.of("batch"), *(flat if kind == EMBEDDING else flat[::-1]))
+    return (*part.of("batch"), *(flat if kind == EMBEDDING or part.is_conv1d else flat[::-1]))

@@ -17,6 +17,7 @@ from jlora.peft.build import Tree
 from jlora.peft.config import Config
 from jlora.peft.maps import resolved
 from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
+from jlora.peft.orient import Orientation
 from jlora.peft.stack import Piece
 from jlora.targets.paths import flatten
 from jlora.targets.patterns import nearest
@@ -31,6 +32,7 @@ def place(
     names: str | Sequence[Entry] | None = None,
     sites: Mapping[str, Site] | None = None,
     prefix: str | None = None,
+    fan_in_fan_out: bool | Sequence[str] | None = None,
 ) -> Any:
     """Wraps a tree with the adapter's factors; arguments and errors as of `jlora.peft.load`."""
     paths, leaves, treedef = flatten(params, is_unit)
@@ -42,15 +44,31 @@ def place(
     by_path = dict(zip(paths, leaves, strict=True))
     axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
     stacked = {path: known.batch_axis[0] for path, known in axes.items() if known.batch_axis}
-    slots = slots_of(leaf_shapes(paths, leaves), resolved(names), stacked)
+    shapes = leaf_shapes(paths, leaves)
+    slots = slots_of(shapes, resolved(names), stacked)
     moved = shift([name for name in _named(adapter) if name != HEAD], slots, prefix)
     adapter = _untied(_moved(adapter, moved), slots)
     _check_names(adapter, slots, names is not None)
     _check_complete(adapter, slots, moved)
-    tree = Tree(by_path, axes, adapter)
+    said = _said(fan_in_fan_out, adapter)
+    tree = Tree(by_path, axes, adapter, Orientation(adapter, slots, shapes, said))
     nodes = _nodes(tree, slots)
     build.check_bases(tree, _pieces(_by_module(adapter.bases), slots, known_only=True))
     return treedef.unflatten([nodes.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+
+
+def _said(given: Any, adapter: Adapter) -> bool | tuple[str, ...] | None:
+    """What the caller says of the layout of matrices."""
+    if given is None or isinstance(given, bool):
+        return given
+    names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    known = [f".{name}" for name in adapter.updates]
+    if lone := [n for n in names if not isinstance(n, str) or not any(name.endswith(f".{n}") for name in known)]:
+        raise ValueError(
+            "peft.load: fan_in_fan_out is True, False, or the names of modules that are (in, out); the adapter has no "
+            f"module {lone[0]!r}"
+        )
+    return names
 
 
 def _named(adapter: Adapter) -> list[str]:

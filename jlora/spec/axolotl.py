@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.spec import modules
 from jlora.spec.methods import LOFTQ
 from jlora.spec.peft import ALL_LINEAR, converted, refuse_layers_of_text
 from jlora.spec.reader import Settings, mapping, refuse_others
@@ -32,6 +33,11 @@ NAMES = {
     "layer_replication": "peft_layer_replication",
     "trainable_token_indices": "peft_trainable_token_indices",
 }
+# What freeze_mm_modules freezes, by parts of modules' names: encoders of other modalities, and what leads from them
+TOWERS = (
+    "vision_tower vision_model vision_encoder visual embed_vision audio_tower audio_model audio_encoder embed_audio"
+    " multi_modal_projector mm_projector"
+).split()
 REFUSED = {
     "lora_model_dir": "that adapter's own adapter_config.json has its settings; give that to LoraSpec.from_peft",
     "relora": "it merges and starts again while it trains; call jlora.fold_and_restart in your loop",
@@ -51,7 +57,7 @@ def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
     config = mapping(where, config)
     refuse_others(where, config)
     given = Settings(where, config)
-    own = "adapter lora_target_linear peft_autocast_adapter_dtype peft"
+    own = "adapter lora_target_linear peft_autocast_adapter_dtype peft freeze_mm_modules"
     given.refuse_unknown({*NAMES.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
     _refuse(given)
     is_linear = given.flag("lora_target_linear")
@@ -59,11 +65,13 @@ def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = Settings(where, values | _normal(given, is_linear), NAMES)
     if not is_linear:
         refuse_layers_of_text(settings)
-        return converted(settings)
-    if not given.is_set("lora_target_modules"):
-        return converted(settings)
-    named = converted(Settings(where, values | _normal(given, False), NAMES))  # beside all linear layers
-    return named | {"targets": (ALL_LINEAR, *named["targets"])}
+    if is_linear and given.is_set("lora_target_modules"):
+        named = converted(Settings(where, values | _normal(given, False), NAMES))  # beside all linear layers
+        made = named | {"targets": (ALL_LINEAR, *named["targets"])}
+    else:
+        made = converted(settings)
+    towers = modules.below(TOWERS) if given.flag("freeze_mm_modules") else ()
+    return made | {"exclude": (*made["exclude"], *towers)}
 
 
 def _normal(given: Settings, is_linear: bool) -> dict[str, Any]:

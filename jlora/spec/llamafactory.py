@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jlora.spec import modules
 from jlora.spec.peft import ALL_LINEAR, converted
 from jlora.spec.reader import Settings, mapping, refuse_others
 
@@ -42,16 +43,26 @@ V1 = {
 V1_IGNORED = "export_dir export_size export_hub_model_id infer_dtype export_legacy_format".split()  # of what is written
 LORA_ONLY = ("use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio")
 _OPTIMIZER = "LLaMA-Factory allows it without LoRA only; leave it out"
-_TOWERS = "a tree does not tell which of its parts is meant; leave it out, and name them in LoraSpec's exclude"
+# What it freezes, by parts of modules' names, which are those of the model types that it registers; and what can't be
+# adapted in any. https://github.com/hiyouga/LLaMA-Factory, model/model_utils/visual.py
+VISION = (
+    "vision_tower vision_model visual.pos_embed visual.patch_embed visual.blocks visual.deepstack_merger_list"
+    " visual.vision_model audio_tower audio_invert_tower vpm apm audio_avg_pooler audio_projection_layer tts"
+).split()
+PROJECTOR = "multi_modal_projector visual.merger resampler mlp_AR".split()
+LANGUAGE = "language_model lm_head llm".split()
+CONFLICTS = "patch_embed timm_model subsample_conv_projection audio_projection_layer".split()
+FROZEN = {  # the parts, and whether they are frozen by default
+    "freeze_vision_tower": (VISION, True),
+    "freeze_multi_modal_projector": (PROJECTOR, True),
+    "freeze_language_model": (LANGUAGE, False),
+}
 REFUSED = {
     "adapter_name_or_path": "that adapter's own adapter_config.json has its settings; give that to LoraSpec.from_peft",
     "use_llama_pro": "it adds layers to the model; add them to the tree, and name them in LoraSpec's layers",
     "use_galore": _OPTIMIZER,
     "use_apollo": _OPTIMIZER,
     "use_badam": _OPTIMIZER,
-    "freeze_vision_tower": _TOWERS,
-    "freeze_multi_modal_projector": _TOWERS,
-    "freeze_language_model": _TOWERS,
 }
 # of the optimizer: jlora.optimizer(b_lr_ratio=...); of saving; a spec is always of a new adapter
 IGNORED = "loraplus_lr_ratio loraplus_lr_embedding pissa_convert create_new_adapter"
@@ -66,7 +77,7 @@ def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
         return _from_v1(where, config["peft_config"])
     given = Settings(where, config)
     own = "finetuning_type pissa_init resize_vocab"
-    given.refuse_unknown({*LORA.values(), *OFT.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
+    given.refuse_unknown({*LORA.values(), *OFT.values(), *REFUSED, *FROZEN, *f"{own} {IGNORED}".split()}, PREFIXES)
     given.refuse_set(REFUSED)
     if given.is_set("resize_vocab") and not given.is_set("additional_target"):
         given.refuse("resize_vocab", "it trains the embeddings in full; name them in additional_target")
@@ -77,11 +88,22 @@ def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     kind = given.get("finetuning_type", "lora")
     if kind == "lora":
-        return converted(Settings(where, _lora(given), LORA))
+        return _without_towers(given, converted(Settings(where, _lora(given), LORA)))
     if kind != "oft":
         given.refuse("finetuning_type", "it trains no adapter; the types known here are 'lora' and 'oft'")
     given.refuse_set(dict.fromkeys(LORA_ONLY, "it is valid for finetuning_type='lora' only; leave it out"))
-    return converted(Settings(where, _oft(given), OFT))
+    return _without_towers(given, converted(Settings(where, _oft(given), OFT)))
+
+
+def _without_towers(given: Settings, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same without the parts of a model of several modalities that are frozen."""
+    is_frozen = {
+        name: by_default if given.get(name) is None else given.flag(name) for name, (_, by_default) in FROZEN.items()
+    }
+    is_all = settings["targets"] == ALL_LINEAR  # of which the projector is none
+    parts = [part for name, (names, _) in FROZEN.items() if is_frozen[name] for part in names]
+    parts += CONFLICTS + (PROJECTOR if is_all else [])
+    return settings | {"exclude": (*settings["exclude"], *modules.below(parts))}
 
 
 def _from_v1(where: str, config: Any) -> dict[str, Any]:

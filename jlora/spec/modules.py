@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jlora.targets.patterns import MAX_PATTERN, MODULE
+from jlora.targets.patterns import ANY, MAX_PATTERN, MODULE
 
 _LITERAL = re.compile(r"[\w.-]+")
 _EMBEDDINGS = "embed_tokens|embed|embeddings?|embedder|token_embed(?:der|dings?)?|tok_embeddings|word_embeddings|wte"
@@ -36,6 +36,11 @@ def ending(names: Iterable[str]) -> tuple[str, ...]:
 def within(names: Iterable[str]) -> tuple[str, ...]:
     """What lies in modules whose names end with one of these, be it within a word: ``modules_to_save``."""
     return tuple(rf"{MODULE}.*(?:{group})(?:\..*)?" for group in _groups(names))
+
+
+def below(parts: Iterable[str]) -> tuple[str, ...]:
+    """Modules that are one of these or lie in one, wherever it is, where a model has such."""
+    return tuple(rf"{ANY}(?:.*\.)?(?:{group})(?:\..*)?" for group in _groups(parts))
 
 
 def parameters(names: Iterable[str]) -> tuple[str, ...]:

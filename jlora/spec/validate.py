@@ -265,7 +265,8 @@ def plain_data(name: str, value: Any) -> Any:
     if isinstance(value, re.Pattern):
         return text_of(value)
     if isinstance(value, Axes):
-        return {k: list(v) for k, v in dataclasses.asdict(value).items()}
+        told = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
+        return {k: v for k, v in told.items() if v is not None}
     if isinstance(value, Mapping) and name != "targets":
         return {k: plain_data(name, v) for k, v in value.items()}
     if isinstance(value, tuple):

@@ -6,6 +6,7 @@ of Flax's attention (query, key, value, out) and of its convolutions are certain
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from jlora.targets.patterns import matcher
 
 KERNELS, EMBEDDINGS = ("kernel", "w"), ("embedding", "embeddings")
 OUTPUT_LAYERS = ("lm_head", "embed_out", "logits_dense")
+_TABLES = re.compile(r"\w*embed\w*|\w*embs?|wte|wpe|shared")
 Sites = Mapping[str, Site]
 
 
@@ -24,6 +26,13 @@ def is_bias(path: str, leaf: Any) -> bool:
     """Whether a leaf is a bias: by its name, and for Haiku's one letter by its shape too."""
     name = path.rpartition("/")[2]
     return name == "bias" or name.endswith("_bias") or (name == "b" and len(getattr(leaf, "shape", ())) == 1)
+
+
+def is_table(path: str) -> bool:
+    """Whether a leaf is a table of embeddings, by its own name or its module's."""
+    *_, module, leaf = ("", *path.split("/"))
+    is_named = _TABLES.fullmatch(module) is not None and not module.endswith("proj")
+    return leaf in EMBEDDINGS or (is_named and leaf not in KERNELS)
 
 
 def is_output_layer(path: str) -> bool:
@@ -85,7 +94,9 @@ def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
             f"wrap: sites do not tell the axes of {path} of shape {tuple(leaf.shape)}: {why}. Exclude it, or give its "
             f"axes: LoraSpec(axes={{{path!r}: jlora.Axes(...)}})"
         )
-    return site.axes, site.kind
+    is_looked_up = site.kind == "embedding"
+    is_told = len(leaf.shape) != 2 or is_table(path) == is_looked_up
+    return (site.axes if is_told else dataclasses.replace(site.axes, lookup=is_looked_up)), site.kind
 
 
 def _by_convention(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Axes | None:

@@ -18,7 +18,7 @@ _FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE
 MATCH_SECONDS = 1.0
 MAX_PATTERN = 2000
 MAX_COUNTS = 100_000  # a repetition is expanded when it is compiled, before any limit of time
-MODULE = "module:"
+MODULE, ANY = "module:", "module?:"
 _COUNTS = re.compile(r"\{(?:\d*,)?0*([1-9]\d*)")
 _REGEX_ONLY = re.compile(r"[()|^$\\+]|\.\*|\[\^")
 
@@ -36,6 +36,7 @@ def matcher(pattern: Pattern) -> Matcher:
     expression uses (``( ) | ^ $ + \\`` or ``.*``), is one, and must match the whole path of a leaf or of a module.
     One that begins with ``module:`` is a regular expression for the dotted name of the module that holds the leaf, as
     PEFT and PyTorch write it: ``module:(?:.*\\.)?query`` for ``layers.0.query`` of ``layers/0/query/kernel``.
+    With ``module?:`` there may be none.
 
     Raises:
       ValueError: if the pattern is empty, too long, or no valid regular expression.
@@ -58,12 +59,19 @@ def text_of(pattern: Pattern) -> str:
 
 def is_regex(pattern: Pattern) -> bool:
     """Whether a pattern is read as a regular expression (else it is a glob)."""
-    return isinstance(pattern, re.Pattern) or pattern.startswith(("re:", MODULE)) or bool(_REGEX_ONLY.search(pattern))
+    return (
+        isinstance(pattern, re.Pattern) or pattern.startswith(("re:", MODULE, ANY)) or bool(_REGEX_ONLY.search(pattern))
+    )
 
 
 def is_of_modules(pattern: Pattern) -> bool:
     """Whether a pattern is for the dotted names of modules."""
-    return isinstance(pattern, str) and pattern.startswith(MODULE)
+    return isinstance(pattern, str) and pattern.startswith((MODULE, ANY))
+
+
+def may_match_nothing(pattern: Pattern) -> bool:
+    """Whether a pattern is of what some models have, and others have not."""
+    return isinstance(pattern, str) and pattern.startswith(ANY)
 
 
 def _regex(pattern: Pattern) -> Matcher:
@@ -79,7 +87,7 @@ def _regex(pattern: Pattern) -> Matcher:
 
 
 def _dotted(text: str) -> Matcher:
-    full = _fullmatch(text.removeprefix(MODULE))
+    full = _fullmatch(text.removeprefix(MODULE).removeprefix(ANY))
 
     def match(path: str) -> str | None:
         module = module_of(path).replace("/", ".")
@@ -152,8 +160,10 @@ def nearest(pattern: Pattern, paths: Iterable[str], count: int = 3) -> list[str]
 
 def _words(text: str) -> str:
     """A pattern without what only regular expressions have."""
-    is_dotted = text.startswith(MODULE)
-    text = re.sub(r"\(\?\w+\)|\.[*+]|[\\^$*+?()|]", "", text.removeprefix("re:").removeprefix(MODULE)).strip("/.")
+    is_dotted = is_of_modules(text)
+    text = re.sub(
+        r"\(\?\w+\)|\.[*+]|[\\^$*+?()|]", "", text.removeprefix("re:").removeprefix(MODULE).removeprefix(ANY)
+    ).strip("/.")
     return text.replace(".", "/") if is_dotted else text
 
 

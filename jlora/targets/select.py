@@ -14,7 +14,7 @@ from jlora.nodes.qarray import is_qarray
 from jlora.spec import LoraSpec
 from jlora.targets.conventions import is_bias, is_kernel, is_linear, is_output_layer
 from jlora.targets.paths import flatten, module_of
-from jlora.targets.patterns import Pattern, is_of_modules, matcher, nearest
+from jlora.targets.patterns import Pattern, is_of_modules, matcher, may_match_nothing, nearest
 
 ALL_LINEAR = "all-linear"
 Sites = Mapping[str, Site]
@@ -169,7 +169,7 @@ def _matched(setting: str, patterns: Iterable[Pattern], paths: Sequence[str]) ->
     matched: set[str] = set()
     for pattern in patterns:
         hits = set(filter(matcher(pattern), paths))
-        if not hits:
+        if not hits and not may_match_nothing(pattern):
             raise ValueError(
                 f"wrap: the pattern {_shown(pattern)} in {setting} matches no leaf. Nearest: "
                 f"{_some(nearest(pattern, paths))}"

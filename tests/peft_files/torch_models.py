@@ -20,8 +20,10 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    VisionEncoderDecoderModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -48,6 +50,14 @@ def vit() -> Any:
 def gpt2() -> Any:
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
     return GPT2LMHeadModel(GPT2Config(**TEXT, **sizes, tie_word_embeddings=False))
+
+
+def captioner() -> Any:
+    """A vision tower of linear layers before a decoder of `Conv1D`, both with square weights of one size."""
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "add_cross_attention": True}
+    decoder = GPT2LMHeadModel(GPT2Config(**TEXT, **sizes, is_decoder=True, tie_word_embeddings=False))
+    encoder = ViTModel(ViTConfig(**SMALL, image_size=8, patch_size=4), add_pooling_layer=False)
+    return VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +135,12 @@ CASES = {
     "conv1d": Case(gpt2, {"r": 2, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
     "conv1d-mixed": Case(gpt2, {"r": 2, "target_modules": ["c_attn", "c_proj", "lm_head", "wte"]}),
     "conv1d-dora": Case(gpt2, {"r": 2, "target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "conv1d-square": Case(gpt2, {"r": 2, "target_modules": ["attn.c_proj", "lm_head"]}),
+    "conv1d-square-dora": Case(gpt2, {"r": 2, "target_modules": ["attn.c_proj", "lm_head"], "use_dora": True}),
+    "conv1d-square-alone": Case(gpt2, {"r": 2, "target_modules": ["attn.c_proj"]}),
+    "captioner": Case(captioner, {"r": 2, "target_modules": ["q_proj", "fc1", "c_proj", "q_attn"]}),
+    "captioner-dora": Case(captioner, {"r": 2, "target_modules": ["v_proj", "attn.c_proj"], "use_dora": True}),
+    "captioner-all": Case(captioner, {"r": 2, "target_modules": "all-linear"}),
     "pissa": Case(llama, {"r": 2, "target_modules": LINEAR, "init_lora_weights": "pissa"}),
     "olora": Case(llama, {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora"}),
 }  # fmt: skip
@@ -133,6 +149,8 @@ CASES = {
 def inputs(model: Any) -> dict[str, Any]:
     """Arguments for a model's forward pass."""
     torch.manual_seed(1)
+    if hasattr(model.config, "encoder"):
+        return {"pixel_values": torch.randn(2, 3, 8, 8), "decoder_input_ids": torch.randint(0, 50, (2, 7))}
     if hasattr(model.config, "image_size"):
         return {"pixel_values": torch.randn(2, 3, 8, 8)}
     return {"input_ids": torch.randint(0, 50, (2, 7))}

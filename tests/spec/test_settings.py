@@ -480,19 +480,82 @@ def test_a_llamafactory_configuration():
         "use_unsloth": False, "use_swanlab": True, "galore_target": "all", "galore_rank": 16, "loraplus_lr_ratio": 16.0,
         "quantization_bit": 4, "freeze_trainable_layers": 2, "create_new_adapter": True, "pissa_convert": True,
     }  # fmt: skip
-    assert LoraSpec.from_llamafactory(config) == LoraSpec(targets="all-linear", rank=8, alpha=16)
+    spec = LoraSpec.from_llamafactory(config)
+    assert dataclasses.replace(spec, exclude=()) == LoraSpec(targets="all-linear", rank=8, alpha=16)
 
 
 def test_llamafactorys_defaults():
-    assert LoraSpec.from_llamafactory({"finetuning_type": "lora"}) == LoraSpec(targets="all-linear", rank=8, alpha=16)
+    spec = LoraSpec.from_llamafactory({"finetuning_type": "lora"})
+    assert dataclasses.replace(spec, exclude=()) == LoraSpec(targets="all-linear", rank=8, alpha=16)
     assert LoraSpec.from_llamafactory({"lora_rank": 5}).alpha == 10
     assert LoraSpec.from_llamafactory({"lora_rank": 5, "lora_alpha": 3}).alpha == 3
+
+
+def without_towers(spec):
+    """A spec without the last of what it excludes."""
+    assert spec.exclude[-1].startswith("module?:")
+    return dataclasses.replace(spec, exclude=spec.exclude[:-1])
+
+
+VISION_LANGUAGE = [
+    "model.visual.patch_embed.proj", "model.visual.blocks.0.attn.qkv", "model.visual.blocks.0.mlp.linear_fc1",
+    "model.visual.merger.linear_fc1", "model.visual.deepstack_merger_list.0.linear_fc1",
+    "model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj",
+    "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1",
+    "model.audio_tower.layers.0.self_attn.q_proj", "vpm.encoder.layers.0.self_attn.q_proj", "resampler.kv_proj",
+    "lm_head",
+]  # fmt: skip
+TEXT = {"model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.0.mlp.up_proj"}
+PROJECTORS = {"model.visual.merger.linear_fc1", "model.multi_modal_projector.linear_1", "resampler.kv_proj"}
+TOWERS = {*VISION_LANGUAGE} - TEXT - PROJECTORS - {"lm_head", "model.visual.patch_embed.proj"}
+FREEZE = {name: f"freeze_{name}" for name in ("vision_tower", "multi_modal_projector", "language_model")}
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"lora_target": "all"}, TEXT),
+        ({"lora_target": "all", FREEZE["vision_tower"]: True, FREEZE["multi_modal_projector"]: True}, TEXT),
+        ({"lora_target": "all", FREEZE["vision_tower"]: False}, TEXT | TOWERS),
+        ({"lora_target": "all", FREEZE["multi_modal_projector"]: False}, TEXT),  # "all" never names the projector
+        ({"lora_target": "all", FREEZE["vision_tower"]: False, FREEZE["language_model"]: True}, TOWERS),
+        ({"lora_target": "q_proj"}, {name for name in TEXT if name.endswith("q_proj")}),
+        ({"lora_target": "q_proj", FREEZE["vision_tower"]: False},
+         {name for name in TEXT | TOWERS if name.endswith("q_proj")}),
+        ({"lora_target": "q_proj,linear_fc1,kv_proj,linear_1", FREEZE["multi_modal_projector"]: False},
+         {"model.language_model.layers.0.self_attn.q_proj"} | PROJECTORS),
+        ({"finetuning_type": "oft", "oft_target": "all"}, TEXT),
+    ],
+)  # fmt: skip
+def test_llamafactory_freezes_what_is_not_the_language_model(settings, expected):
+    assert modules(selected(LoraSpec.from_llamafactory(settings), VISION_LANGUAGE).targets) == expected
+
+
+def test_what_is_frozen_need_not_be_there():
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    for frozen in ({}, {FREEZE["language_model"]: True}):
+        spec = LoraSpec.from_llamafactory({"lora_target": "all"} | frozen)
+        assert modules(selected(spec, names).targets) == {*names}
+        assert LoraSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize("is_frozen, expected", [(True, TEXT), (False, {*VISION_LANGUAGE} - {"lm_head"}), (None, None)])
+def test_axolotl_freezes_what_is_not_the_language_model(is_frozen, expected):
+    names = [name for name in VISION_LANGUAGE if not name.startswith(("vpm", "resampler"))]
+    expected = {*VISION_LANGUAGE} - {"lm_head"} if expected is None else expected
+    settings = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+    spec = LoraSpec.from_axolotl(settings | {"freeze_mm_modules": is_frozen})
+    assert modules(selected(spec, names).targets) == expected & {*names}
+    named = settings | {"lora_target_linear": False, "lora_target_modules": ["q_proj"], "freeze_mm_modules": is_frozen}
+    wanted = {name for name in expected & {*names} if name.endswith("q_proj")}
+    assert modules(selected(LoraSpec.from_axolotl(named), names).targets) == wanted
 
 
 def test_llamafactorys_names_stand_between_commas():
     config = {"lora_target": "q_proj, v_proj", "additional_target": "embed_tokens,lm_head", "use_dora": True}
     peft = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens", "lm_head"], "use_dora": True}
-    assert LoraSpec.from_llamafactory(config) == LoraSpec.from_peft(peft | {"lora_alpha": 16})
+    expected = LoraSpec.from_peft(peft | {"lora_alpha": 16})
+    assert without_towers(LoraSpec.from_llamafactory(config)) == expected
 
 
 @pytest.mark.parametrize(
@@ -506,7 +569,7 @@ def test_llamafactorys_pissa(rounds, init):
 def test_llamafactorys_oft():
     config = {"finetuning_type": "oft", "oft_block_size": 8, "oft_target": "q_proj", "additional_target": "lm_head"}
     peft = {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    assert LoraSpec.from_llamafactory(config) == LoraSpec.from_peft(peft)
+    assert without_towers(LoraSpec.from_llamafactory(config)) == LoraSpec.from_peft(peft)
     plain = LoraSpec.from_llamafactory({"finetuning_type": "oft"})
     assert (plain.targets, plain.options) == ("all-linear", {"block_size": 32})
 
@@ -518,7 +581,7 @@ FACTORY_REFUSED = {
     "resume": ({"adapter_name_or_path": "saves"}, "LoraSpec.from_peft"),
     "blocks": ({"use_llama_pro": True}, "use_llama_pro=True can't"),
     "galore": ({"use_galore": True}, "without LoRA only"),
-    "tower": ({"freeze_vision_tower": True}, "exclude"),
+    "tower": ({"lora_rank": 8, "freeze_vision_tower": "yes"}, "freeze_vision_tower must be true or false"),
     "vocabulary": ({"resize_vocab": True}, "additional_target"),
     "iterations": ({"pissa_init": True, "pissa_iter": "16"}, "pissa_iter='16' can't"),
     "dora of oft": ({"finetuning_type": "oft", "use_dora": True}, "finetuning_type='lora' only"),
