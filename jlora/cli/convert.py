@@ -19,7 +19,7 @@ from jlora.peft.collect import Collected
 from jlora.peft.models import files_of, nested
 from jlora.peft.place import place
 from jlora.peft.portable import portable
-from jlora.peft.read import CONFIG
+from jlora.peft.settings import CONFIG
 from jlora.peft.write import write
 
 

@@ -26,9 +26,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from jlora.cli.sources import check_out, is_orbax
 from jlora.nodes.node import is_node
 from jlora.peft.build import onto
+from jlora.peft.files import clear
 from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.place import place
-from jlora.peft.read import CONFIG, WEIGHTS, read
+from jlora.peft.read import read
+from jlora.peft.settings import CONFIG, WEIGHTS
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
 from jlora.tree import MergePrecisionWarning, merge
 
@@ -45,19 +47,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=kinds, help="of the merged weights (default: the base's)")
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     parser.add_argument("--allow-nonfinite", action="store_true", help="take NaN and infinite values as they are")
+    parser.add_argument("--prefix", metavar="NAME", help="where in the model the adapted one is, as text_model")
+    text = "a module whose square weight is (in, out), as those of GPT-2's Conv1D; may be given again"
+    parser.add_argument("--fan-in-fan-out", action="append", metavar="MODULE", help=text)
+    text = "take an adapter_config.json that was edited since the adapter was saved"
+    parser.add_argument("--allow-edited", action="store_true", help=text)
 
 
 def run(given: argparse.Namespace) -> int:
     """Writes the merged model."""
-    check_out(given.out, (given.base, given.adapter), given.force, (SINGLE, INDEX))
     if is_orbax(given.adapter):
         raise ValueError(f"{given.adapter} is an Orbax adapter; make PEFT's files of it: jlora convert ... --to peft")
     files = files_of(given.base)
-    adapter = read(given.adapter, allow_nonfinite=given.allow_nonfinite)
+    identity = _identity(given, files)
+    if _is_of(given.out, identity):  # a run that was cut off at its very end
+        _clear(given.out)
+        return _told(given, "is there already, whole")
+    check_out(given.out, (given.base, given.adapter), given.force, (SINGLE, INDEX))
+    adapter = read(given.adapter, allow_nonfinite=given.allow_nonfinite, allow_edited=given.allow_edited)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for file in files.values() for name, x in file.infos.items()}
-    nodes = {name: leaf for name, leaf in place(adapter, shapes).items() if is_node(leaf)}
+    placed = place(adapter, shapes, prefix=given.prefix, fan_in_fan_out=given.fan_in_fan_out)
+    nodes = {name: leaf for name, leaf in placed.items() if is_node(leaf)}
     partial = given.out.with_name(given.out.name + ".partial")
-    _begin(partial, _identity(given, files))
+    _begin(partial, identity)
     dtype = None if given.dtype is None else jnp.dtype(given.dtype)
     merger = Merger(nodes, adapter.start, dtype, given.allow_nonfinite)
     with _progress(files) as advance:
@@ -67,8 +79,11 @@ def run(given: argparse.Namespace) -> int:
             else:
                 _merge_file(file, merger, partial / name, advance)
     _finish(given, partial)
-    text = f"{given.out} has the model with {len(nodes)} tensors merged, of {len(shapes)}"
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    return _told(given, f"has the model with {len(nodes)} tensors merged, of {len(shapes)}")
+
+
+def _told(given: argparse.Namespace, text: str) -> int:
+    Console(highlight=False, soft_wrap=True).print(f"{given.out} {text}", markup=False)
     return 0
 
 
@@ -76,18 +91,42 @@ def _identity(given: argparse.Namespace, files: Mapping[str, TensorFile]) -> dic
     """What a begun merge is of; only the same is gone on with."""
     digest = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
-        digest.update((given.adapter / name).read_bytes())
+        path = given.adapter / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
     sizes = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in files.items()}
-    return {"adapter": digest.hexdigest(), "base": sizes, "dtype": given.dtype}
+    told = {"prefix": given.prefix, "fan_in_fan_out": given.fan_in_fan_out}
+    return {"adapter": digest.hexdigest(), "base": sizes, "dtype": given.dtype, **told}
+
+
+def _is_of(directory: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a directory has the mark of a merge, of this one."""
+    return (directory / MARK).is_file() and read_json(directory / MARK) == identity
 
 
 def _begin(partial: Path, identity: Mapping[str, Any]) -> None:
-    if partial.exists() and not (partial / MARK).is_file():
+    if partial.exists() and not (partial / MARK).is_file() and any(map(_is_foreign, partial.iterdir())):
         raise FileExistsError(f"{partial} is there and is no merge that was begun; move it away")
-    if partial.exists() and read_json(partial / MARK) != identity:
+    if partial.exists() and not _is_of(partial, identity):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     write_json(partial / MARK, identity)
+    clear(partial, "*")
+
+
+def _is_foreign(path: Path) -> bool:
+    return not path.name.startswith(f".{MARK}.")
+
+
+def _clear(out: Path) -> None:
+    """Removes what a merge needs no more: what was replaced, then the mark."""
+    if (old := _replaced(out)).exists():
+        shutil.rmtree(old)
+    (out / MARK).unlink(missing_ok=True)
+
+
+def _replaced(out: Path) -> Path:
+    """Where the model that a merge replaces lies meanwhile."""
+    return out.with_name(f"{out.name}.partial.old")
 
 
 @contextmanager
@@ -152,12 +191,8 @@ def _finish(given: argparse.Namespace, partial: Path) -> None:
         settings = read_json(partial / "config.json")
         told = {name: given.dtype for name in ("dtype", "torch_dtype") if name in settings}
         write_json(partial / "config.json", settings | told)
-    (partial / MARK).unlink()
     if given.out.exists():
-        old = given.out.with_name(given.out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(given.out, old)
-        os.replace(partial, given.out)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, given.out)
+        shutil.rmtree(_replaced(given.out), ignore_errors=True)
+        os.replace(given.out, _replaced(given.out))
+    os.replace(partial, given.out)
+    _clear(given.out)

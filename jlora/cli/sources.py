@@ -8,7 +8,8 @@ from pathlib import Path
 from jlora import checkpoint
 from jlora.peft.collect import Collected, collect
 from jlora.peft.maps import NAMES
-from jlora.peft.read import CONFIG, PICKLE, WEIGHTS, read
+from jlora.peft.read import PICKLE, read
+from jlora.peft.settings import CONFIG, WEIGHTS
 
 
 def is_orbax(directory: Path) -> bool:

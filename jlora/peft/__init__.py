@@ -33,6 +33,7 @@ def load(
     prefix: str | None = None,
     fan_in_fan_out: bool | Sequence[str] | None = None,
     allow_nonfinite: bool = False,
+    allow_edited: bool = False,
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
 
@@ -53,6 +54,8 @@ def load(
         False for all, or the ends of the names of those that do. None: as their sizes, their biases, other modules of
         the tree and their names tell. Of a file the setting of this name tells little: it is that of one module.
       allow_nonfinite: take NaN and infinite values as they are.
+      allow_edited: take an ``adapter_config.json`` under which the weights mean something else than when `save` wrote
+        both, as after an edit of ``lora_alpha``.
 
     Returns:
       The tree with a `jlora.LoraParam` or a DoRA node for each adapted kernel, factors in float32, and a
@@ -75,7 +78,8 @@ def load(
       >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
       (3, 2)
     """
-    return place(read(directory, allow_nonfinite=allow_nonfinite), params, names, sites, prefix, fan_in_fan_out)
+    adapter = read(directory, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+    return place(adapter, params, names, sites, prefix, fan_in_fan_out)
 
 
 def save(

@@ -18,6 +18,7 @@ from jlora.nodes.node import is_node, is_unit
 from jlora.nodes.qarray import is_qarray
 from jlora.peft import layout
 from jlora.peft.build import of_leaf
+from jlora.peft.files import clear
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, leaf_shapes, slots_of
 from jlora.peft.parts import merged_part, parameter_of, shape_of
@@ -111,7 +112,8 @@ def write_model(
 
 
 def _remove(directory: Path, kept: set[str]) -> None:
-    """Removes the files of another model that was here."""
+    """Removes the files of another model that was here, or of one that was begun."""
+    clear(directory, "model*.safetensors*")
     for path in [directory / INDEX, *sorted(directory.glob("model*.safetensors"))]:
         if path.name not in kept and _OURS.fullmatch(path.name):
             path.unlink(missing_ok=True)

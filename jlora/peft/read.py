@@ -5,25 +5,29 @@ from __future__ import annotations
 import collections
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Update
 from jlora.peft.config import Config
+from jlora.peft.files import locked
 from jlora.peft.keys import ECHOES, parse
 from jlora.peft.names import HEAD
-from jlora.peft.tensors import TensorFile, are_finite, read_json
+from jlora.peft.settings import CONFIG, WEIGHTS, beside, of_save
+from jlora.peft.tensors import TensorFile, are_finite
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PICKLE = "adapter_model.bin"
 Roles = dict[str, str]
 
 
-def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
+def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: bool = False) -> Adapter:
     """Reads the adapter that PEFT, or `jlora.peft.save`, wrote into a directory.
 
     Args:
       directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
       allow_nonfinite: take NaN and infinite values as they are.
+      allow_edited: take settings that are not those of the save of the weights.
 
     Raises:
       FileNotFoundError: if one of the files is missing.
@@ -31,16 +35,42 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False) -> Adapter:
     """
     directory = Path(directory)
     check_there(directory)
-    try:
-        config = Config(read_json(directory / CONFIG))
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {str(error).removeprefix('LoraSpec.from_peft: ')}") from None
-    file = TensorFile(directory / WEIGHTS)
+    with locked(directory, shared=True):
+        file = TensorFile(directory / WEIGHTS)
+        settings = beside(file)
+    config = _config(directory / CONFIG, settings)
     _check_types(file)
     adapter = _adapter(file, config)
+    if not allow_edited:
+        _check_edited(file, adapter)
     if not allow_nonfinite:
         check_finite(file.path, adapter)
     return adapter
+
+
+def _config(path: Path, settings: Mapping[str, Any]) -> Config:
+    try:
+        return Config(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('LoraSpec.from_peft: ')}") from None
+
+
+def _check_edited(file: TensorFile, adapter: Adapter) -> None:
+    """Refuses settings under which the weights mean something else than when they were saved."""
+    own = of_save(file)
+    if own is None or own == adapter.config:
+        return
+    saved = _adapter(file, _config(file.path, own))
+    pairs = {f"the scale of {name}": (saved.updates[name].scale, x.scale) for name, x in adapter.updates.items()}
+    pairs |= {f"the rows of {name}": (saved.tokens[name][0], ids) for name, (ids, _) in adapter.tokens.items()}
+    pairs |= {"lora_dropout": (saved.dropout, adapter.dropout)}
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise ValueError(
+                f"{file.path} was saved with other settings than those in {CONFIG} beside it: {name} was "
+                f"{_short(then)}, and is {_short(now)} by the file. They are of two saves, or were edited; save the "
+                "adapter again, or if the edit is meant, allow_edited=True"
+            )
 
 
 def _check_types(file: TensorFile) -> None:
@@ -62,7 +92,8 @@ def check_there(directory: Path) -> None:
             f"{directory} has its weights as {PICKLE}, a pickle, which may run any code when it is read; load it in "
             "PEFT where you trust it, and save it again as safetensors"
         )
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]:
+    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    if missing:
         within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}")) if directory.is_dir() else []
         hint = f"; the adapters in it are {', '.join(within[:5])}: give one of these folders" if within else ""
         raise FileNotFoundError(f"{directory} is no adapter of PEFT's: it has no {' and no '.join(missing)}{hint}")

@@ -6,18 +6,19 @@ bfloat16 too, so that no more than one of them is in memory.
 
 from __future__ import annotations
 
+import collections
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from jlora.peft.files import flush, replacing
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -49,17 +50,10 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check_header(path)
-        try:
-            with safe_open(path, framework="numpy") as checked:
-                names = set(checked.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from None
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        names, self._map = _opened(path)
         start = 8 + int.from_bytes(self._map[:8], "little")
-        header = json.loads(self._map[8:start], object_pairs_hook=lambda pairs: _unique(path, pairs))
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        header = json.loads(self._map[8:start], object_pairs_hook=lambda pairs: unique(str(path), pairs))
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self.infos = {name: _info(path, name, entry) for name, entry in header.items() if name in names}
         self._places = {name: start + header[name]["data_offsets"][0] for name in self.infos}
 
@@ -77,20 +71,25 @@ class TensorFile:
         return sum(info.nbytes for info in self.infos.values())
 
 
+def _opened(path: Path) -> tuple[set[str], mmap.mmap]:
+    """The names in a file, checked, and its bytes; of one file, though it may be replaced meanwhile."""
+    while True:
+        with path.open("rb") as file:
+            _check_header(path)
+            try:
+                with safe_open(path, framework="numpy") as checked:
+                    names = set(checked.keys())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return names, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _check_header(path: Path) -> None:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > MAX_HEADER:
         raise ValueError(f"{path} is no whole safetensors file: its header would have {size} bytes, over {MAX_HEADER}")
-
-
-def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1})[:3] if len({*names}) < len(names) else []:
-        raise ValueError(
-            f"{path}: its header has {twice} twice; such a file means different things to different readers"
-        )
-    return dict(pairs)
 
 
 def _info(path: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
@@ -134,39 +133,16 @@ def write_tensors(
         flush(file)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed onto it at the end; gone if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(0o666 & ~_umask())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def flush(file: Any) -> None:
-    """Has the file's bytes on the disk before it is renamed."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def write_json(path: Path, data: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     with replacing(path) as aside, aside.open("w") as file:
-        json.dump(data, file, indent=2, sort_keys=True)
-        file.write("\n")
+        file.write(json_of(data))
         flush(file)
+
+
+def json_of(data: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 
 def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
@@ -175,20 +151,40 @@ def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
     Raises:
       ValueError: if it is too long, no JSON, no object, or has a key twice or a number that is not finite.
     """
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path} is no JSON file that can be trusted: it has over {limit} bytes")
+    return parsed(str(path), path.read_bytes())
+
+
+def parsed(where: str, text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a text; `where` it is, for messages. Errors as of `read_json`."""
 
     def refuse(text: str) -> None:
         raise ValueError(f"{text} is no number of JSON")
 
     try:
-        if path.stat().st_size > limit:
-            raise ValueError(f"it has over {limit} bytes")
-        text = path.read_bytes()
-        data = json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: _unique(path, pairs))
+        data = json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: unique(where, pairs))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file that can be trusted: {error}") from None
+        raise ValueError(f"{where} is no JSON file that can be trusted: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(data).__name__}")
+        raise ValueError(f"{where} must hold a JSON object, found {type(data).__name__}")
     return data
+
+
+def unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object.
+
+    Raises:
+      ValueError: if a name is there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counted = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counted.items() if count > 1)[:3]
+        raise ValueError(
+            f"{where}: its header has {twice} twice; such a file means different things to different readers"
+        )
+    return found
 
 
 def are_finite(array: np.ndarray) -> bool:

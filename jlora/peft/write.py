@@ -14,9 +14,11 @@ import numpy as np
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Update
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
+from jlora.peft.files import locked
 from jlora.peft.keys import PREFIX, TOKENS
 from jlora.peft.names import HEAD, TABLES
-from jlora.peft.read import CONFIG, WEIGHTS, nesting
+from jlora.peft.read import nesting
+from jlora.peft.settings import CONFIG, WEIGHTS, header
 from jlora.peft.tensors import TensorInfo, write_json, write_tensors
 
 
@@ -31,8 +33,10 @@ def write(directory: Path, collected: Collected, base_model: str | None = None) 
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
     tensors = dict(_tensors(adapter, saved))
     infos = {name: TensorInfo(x.shape, x.dtype) for name, x in sorted(tensors.items())}
-    write_tensors(directory / WEIGHTS, infos, tensors.__getitem__, {"format": "pt"})
-    write_json(directory / CONFIG, settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        write_tensors(directory / WEIGHTS, infos, tensors.__getitem__, header(directory, settings))
+        write_json(directory / CONFIG, settings)
 
 
 def _with_head(adapter: Adapter, known: Mapping[str, bool]) -> Adapter:

@@ -127,8 +127,8 @@ def test_a_matrix_is_not_taken_the_other_way_round(module, leaf, tmp_path):
     state = {f"{module}.{leaf}": noise(6, 4)}
     straight = OUT_IN if leaf == "weight" else IN_OUT
     turned = IN_OUT if leaf == "weight" else OUT_IN
-    expected = saved(tmp_path, state, {f"{module}.{leaf}": straight}, False)
-    assert_same(merged(jlora.peft.load(tmp_path, nested(state))), expected, 1e-6)
+    expected = saved(tmp_path / "straight", state, {f"{module}.{leaf}": straight}, False)
+    assert_same(merged(jlora.peft.load(tmp_path / "straight", nested(state))), expected, 1e-6)
     saved(tmp_path, state, {f"{module}.{leaf}": turned}, False)
     told = rf"do not fit {module.replace('.', '/')}/{leaf} of shape \(6, 4\) but the other way round"
     with pytest.raises(ValueError, match=told):
