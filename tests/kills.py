@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from jlora import peft
+from jlora import checkpoint, peft
 from jlora.__main__ import main as command
+from jlora.checkpoint import steps
 from tests.peft_files.trees import flat, lora, merged, nested
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod")
@@ -111,6 +112,8 @@ class Save:
         assert all(_same(found[name], x) for name, x in flat(self.new).items()), "not the new adapter"
         assert files(self.at) == {"adapter_config.json", "adapter_model.safetensors"}, files(self.at)
 
+    again = write
+
 
 class FirstSave(Save):
     """`jlora.peft.save` where nothing is."""
@@ -143,6 +146,8 @@ class Merge:
 
     def write(self) -> int:
         return command(["merge", *(str(self.home / n) for n in ("base", "adapter", "out")), *self.force])
+
+    again = write
 
     def check(self) -> None:
         """Nothing is there, or all is."""
@@ -187,6 +192,8 @@ class Model:
     def write(self) -> None:
         peft.to_safetensors(nested(self.new), self.at, shard_bytes=300)
 
+    again = write
+
     def check(self) -> None:
         pass  # shards are replaced one by one: the index, which is last, says which belong together
 
@@ -199,8 +206,55 @@ class Model:
         }
 
 
-WRITERS = {"save": Save, "first-save": FirstSave, "merge": Merge, "merge-over": MergeOver, "model": Model}
-LASTS = {"save": 0.025, "first-save": 0.025, "model": 0.03, "merge": 0.8, "merge-over": 0.8}  # seconds, about
+class Delete:
+    """A step of a run that is not kept."""
+
+    def __init__(self, home: Path) -> None:
+        self.at = home / "run"
+
+    def prepare(self) -> None:
+        with checkpoint.Checkpoints(self.at, keep_last=None) as run:
+            for step in (1, 2):
+                run.save(step, adapter(step, 0.5))
+
+    def write(self) -> None:
+        steps.delete(checkpoint.Checkpoints(self.at).directory / "1")
+
+    def again(self) -> None:
+        pass  # the next that saves deletes what is left
+
+    def check(self) -> None:
+        """A step that is offered loads."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            run = checkpoint.Checkpoints(self.at)
+        assert run.steps in ([2], [1, 2]), run.steps
+        for step in run.steps:
+            found = run.load(nested(weights(0)), step=step).tree
+            assert all(_same(flat(found)[name], x) for name, x in flat(adapter(step, 0.5)).items())
+
+    def check_end(self) -> None:
+        with checkpoint.Checkpoints(self.at, keep_last=1) as run:
+            run.save(3, adapter(3, 0.5))
+        assert {path.name for path in self.at.iterdir()} == {"3"}, [*self.at.iterdir()]
+
+
+WRITERS = {
+    "save": Save,
+    "first-save": FirstSave,
+    "merge": Merge,
+    "merge-over": MergeOver,
+    "model": Model,
+    "delete": Delete,
+}
+LASTS = {
+    "save": 0.025,
+    "first-save": 0.025,
+    "model": 0.03,
+    "merge": 0.8,
+    "merge-over": 0.8,
+    "delete": 0.02,
+}  # seconds, about
 
 
 def kills(kind: str, count: int | None, rng: random.Random) -> tuple[int, int]:
@@ -214,7 +268,7 @@ def kills(kind: str, count: int | None, rng: random.Random) -> tuple[int, int]:
             is_done = in_child(call("write"), home, **how)
             in_child(call("check"))
             if not is_done:
-                in_child(call("write"))
+                in_child(call("again"))
             in_child(call("check_end"))
         ended += is_done
         if count is None and is_done:

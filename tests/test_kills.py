@@ -9,7 +9,14 @@ from tests.processes import ROOT
 
 
 @pytest.mark.parametrize(
-    "kind", ["save", "first-save", "model", *(pytest.param(x, marks=pytest.mark.slow) for x in ("merge", "merge-over"))]
+    "kind",
+    [
+        "save",
+        "first-save",
+        "model",
+        "delete",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("merge", "merge-over")),
+    ],
 )
 def test_a_killed_writer_leaves_the_last_whole_state(kind):
     done = subprocess.run([sys.executable, "-m", "tests.kills", kind], cwd=ROOT, capture_output=True, text=True)

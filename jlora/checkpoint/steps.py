@@ -45,7 +45,7 @@ def _is_ours(path: Any) -> bool:
 
 
 def clean(directory: Any) -> None:
-    """Deletes what a killed run was writing."""
+    """Deletes what a killed run was writing, or deleting."""
     for path in [*directory.iterdir()]:
         step, mark, _ = path.name.partition(_UNFINISHED)
         if mark and step.isdecimal():
@@ -53,6 +53,7 @@ def clean(directory: Any) -> None:
 
 
 def delete(path: Any) -> None:
-    """Deletes a step, first what makes it one: killed in between, it is not taken for whole."""
-    (path / ABOUT).rmtree()
-    path.rmtree()
+    """Deletes a step, which first gets the name of one that is not there: so it is, killed in between."""
+    aside = path.parent / f"{path.name}{_UNFINISHED}-deleted"
+    path.rename(aside)
+    aside.rmtree()
