@@ -25,9 +25,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jlora.cli.sources import check_out, is_orbax
 from jlora.nodes.node import is_node
+from jlora.peft.adapter import Adapter
 from jlora.peft.build import onto
 from jlora.peft.files import clear
 from jlora.peft.models import INDEX, SINGLE, files_of
+from jlora.peft.names import HEAD, TABLES
 from jlora.peft.place import place
 from jlora.peft.read import read
 from jlora.peft.settings import CONFIG, WEIGHTS
@@ -65,7 +67,7 @@ def run(given: argparse.Namespace) -> int:
         return _told(given, "is there already, whole")
     check_out(given.out, (given.base, given.adapter), given.force, (SINGLE, INDEX))
     adapter = read(given.adapter, allow_nonfinite=given.allow_nonfinite, allow_edited=given.allow_edited)
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for file in files.values() for name, x in file.infos.items()}
+    shapes = dict(_leaves(files, adapter))
     placed = place(adapter, shapes, prefix=given.prefix, fan_in_fan_out=given.fan_in_fan_out)
     nodes = {name: leaf for name, leaf in placed.items() if is_node(leaf)}
     partial = given.out.with_name(given.out.name + ".partial")
@@ -85,6 +87,16 @@ def run(given: argparse.Namespace) -> int:
 def _told(given: argparse.Namespace, text: str) -> int:
     Console(highlight=False, soft_wrap=True).print(f"{given.out} {text}", markup=False)
     return 0
+
+
+def _leaves(files: Mapping[str, TensorFile], adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """The model's tensors by name: abstract, but for those of whose kind the adapter has copies, to be compared."""
+    modules = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.bases}
+    modules |= {*TABLES} if HEAD in modules else set()
+    for file in files.values():
+        for name, info in file.infos.items():
+            is_compared = name.removesuffix(".weight").rpartition(".")[2] in modules
+            yield name, file[name] if is_compared else jax.ShapeDtypeStruct(info.shape, info.dtype)
 
 
 def _identity(given: argparse.Namespace, files: Mapping[str, TensorFile]) -> dict[str, Any]:

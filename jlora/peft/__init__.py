@@ -15,13 +15,13 @@ from jlora.peft.collect import collect
 from jlora.peft.maps import NAMES
 from jlora.peft.models import from_safetensors, to_safetensors
 from jlora.peft.names import Entry, Layout
-from jlora.peft.place import place
+from jlora.peft.place import place, resize
 from jlora.peft.portable import low_rank
 from jlora.peft.portable import portable as _portable
 from jlora.peft.read import check_finite, read
 from jlora.peft.write import write
 
-__all__ = ["NAMES", "Layout", "from_safetensors", "load", "low_rank", "save", "to_safetensors"]
+__all__ = ["NAMES", "Layout", "from_safetensors", "load", "low_rank", "resize_tables", "save", "to_safetensors"]
 
 
 def load(
@@ -80,6 +80,44 @@ def load(
     """
     adapter = read(directory, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
     return place(adapter, params, names, sites, prefix, fan_in_fan_out)
+
+
+def resize_tables(
+    params: Any,
+    directory: str | Path,
+    *,
+    names: str | Sequence[Entry] | None = None,
+    prefix: str | None = None,
+) -> Any:
+    """Gives a tree the vocabulary of an adapter that was trained with more tokens: its tables, and its head.
+
+    The rows that the tree lacks are those of the tables that PEFT saved beside the adapter; rows of which the adapter
+    trains each are zero, since it replaces them. Then `load` takes the adapter.
+
+    Args:
+      params: any tree of arrays, or abstract, as of `load`.
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      names: as in `load`.
+      prefix: as in `load`.
+
+    Returns:
+      The tree, with other tables where the adapter has more rows, or fewer.
+
+    Raises:
+      ValueError: if the adapter does not fit the tree otherwise, or does not have the values of the new rows.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> spec = jlora.LoraSpec(targets=(), train=["embed_tokens"])
+      >>> larger = jlora.wrap({"embed_tokens": {"weight": jnp.ones((12, 4))}}, spec)
+      >>> params = {"embed_tokens": {"weight": jnp.zeros((10, 4))}}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.save(directory, larger)
+      ...     tree = jlora.peft.load(directory, jlora.peft.resize_tables(params, directory))
+      >>> tree["embed_tokens"]["weight"].shape
+      (12, 4)
+    """
+    return resize(read(directory, allow_nonfinite=True), params, names, prefix)
 
 
 def save(

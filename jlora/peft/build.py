@@ -227,7 +227,7 @@ def with_rows(path: str, pieces: list[Piece], tree: Tree) -> TokensParam:
 
 
 def check_bases(tree: Tree, tables: Mapping[str, list[Piece]]) -> None:
-    """Refuses an adapter whose own copy of a table is another than the tree's: it was trained on another model."""
+    """Refuses an adapter whose own copy of a leaf is another than the tree's: it was trained on another model."""
     for path, pieces in tables.items():
         base = tree.leaves[path]
         for piece in pieces:
@@ -235,9 +235,9 @@ def check_bases(tree: Tree, tables: Mapping[str, list[Piece]]) -> None:
             if isinstance(base, jax.ShapeDtypeStruct) or is_qarray(base):
                 continue
             ours = np.asarray(base[piece.slot.place], np.float32)
-            if np.abs(ours - theirs).max() > 0.01 * np.abs(ours).max():
+            if not np.abs(ours - theirs).max() <= 0.01 * np.abs(ours).max():  # nor where it is NaN
                 raise ValueError(
-                    f"peft.load: the adapter's file has a copy of {piece.name} that differs from {path}: it was "
-                    "trained on another base, or on one with another vocabulary. The base is never overwritten; load "
-                    "the adapter onto that model"
+                    f"peft.load: the adapter's file has a copy of {piece.name} that differs from {path}, which would "
+                    "overwrite the base: the adapter was trained on another base, or it is trained and "
+                    "modules_to_save does not name it. The base is never overwritten; load the adapter onto that model"
                 )

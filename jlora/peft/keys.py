@@ -17,9 +17,10 @@ _ROLES = {
     "lora_magnitude_vector.weight": "magnitude",
     TOKENS: "tokens",
     "base_layer.weight": "base",
+    "token_adapter.base_layer.weight": "base",
 }
 ECHOES = ("echo of modules_to_save", "echo of original_module")
-_SUFFIX = re.compile(r"(.+)\.(" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")")
+_SUFFIX = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")")
 _NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _ECHO = re.compile(r"(.+)\.(modules_to_save|original_module)\.([\w-]+)")
 

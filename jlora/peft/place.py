@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlora.interpret.sites import Site
+from jlora.nodes.axes import Axes
 from jlora.nodes.node import AdaptedParam, is_node, is_unit
 from jlora.peft import build
 from jlora.peft.adapter import Adapter
@@ -19,6 +20,8 @@ from jlora.peft.maps import resolved
 from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.orient import Orientation
 from jlora.peft.stack import Piece
+from jlora.peft.tables import left_behind, other_tables, told
+from jlora.peft.tables import resized as resized_table
 from jlora.targets.paths import flatten
 from jlora.targets.patterns import nearest
 from jlora.targets.select import sites_of
@@ -35,12 +38,41 @@ def place(
     fan_in_fan_out: bool | Sequence[str] | None = None,
 ) -> Any:
     """Wraps a tree with the adapter's factors; arguments and errors as of `jlora.peft.load`."""
+    fit = _fitted("peft.load", adapter, params, names, sites, prefix)
+    for table in other_tables(fit.adapter, fit.slots, fit.shapes):
+        raise ValueError(told(table, fit.shapes[table.slot.path]))
+    _check_complete(fit.adapter, fit.slots, fit.moved)
+    said = _said(fan_in_fan_out, fit.adapter)
+    tree = Tree(fit.leaves, fit.axes, fit.adapter, Orientation(fit.adapter, fit.slots, fit.shapes, said))
+    nodes = _nodes(tree, fit.slots)
+    build.check_bases(tree, _pieces(_by_module(fit.adapter.bases), fit.slots))
+    return fit.treedef.unflatten([nodes.get(path, leaf) for path, leaf in fit.leaves.items()])
+
+
+class _Fit(NamedTuple):
+    """An adapter under a tree's names, and the tree."""
+
+    adapter: Adapter
+    moved: Shift
+    slots: Slots
+    leaves: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    axes: Mapping[str, Axes]
+    treedef: Any
+
+
+def _fitted(
+    call: str,
+    adapter: Adapter,
+    params: Any,
+    names: str | Sequence[Entry] | None,
+    sites: Mapping[str, Site] | None,
+    prefix: str | None,
+) -> _Fit:
     paths, leaves, treedef = flatten(params, is_unit)
     for path, leaf in zip(paths, leaves, strict=True):
         if is_node(leaf):
-            raise TypeError(
-                f"peft.load: {path} is wrapped already ({type(leaf).__name__}); jlora.unwrap the tree first"
-            )
+            raise TypeError(f"{call}: {path} is wrapped already ({type(leaf).__name__}); jlora.unwrap the tree first")
     by_path = dict(zip(paths, leaves, strict=True))
     axes = {path: site.axes for path, site in (sites_of(sites, by_path) or {}).items() if site.axes is not None}
     stacked = {path: known.batch_axis[0] for path, known in axes.items() if known.batch_axis}
@@ -49,12 +81,22 @@ def place(
     moved = shift([name for name in _named(adapter) if name != HEAD], slots, prefix)
     adapter = _untied(_moved(adapter, moved), slots)
     _check_names(adapter, slots, names is not None)
-    _check_complete(adapter, slots, moved)
-    said = _said(fan_in_fan_out, adapter)
-    tree = Tree(by_path, axes, adapter, Orientation(adapter, slots, shapes, said))
-    nodes = _nodes(tree, slots)
-    build.check_bases(tree, _pieces(_by_module(adapter.bases), slots, known_only=True))
-    return treedef.unflatten([nodes.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
+    _check_copies(adapter, slots)
+    return _Fit(adapter, moved, slots, by_path, shapes, axes, treedef)
+
+
+def resize(adapter: Adapter, params: Any, names: str | Sequence[Entry] | None = None, prefix: str | None = None) -> Any:
+    """The tree with the adapter's vocabulary; arguments and errors as of `jlora.peft.resize_tables`."""
+    fit = _fitted("peft.resize_tables", adapter, params, names, None, prefix)
+    leaves, found = dict(fit.leaves), list(other_tables(fit.adapter, fit.slots, fit.shapes))
+    for name in left_behind(found, fit.slots, fit.shapes):
+        raise ValueError(
+            f"peft.resize_tables: the adapter has {found[0].rows} rows of {found[0].name}, but no values of {name}, "
+            "which has as many: resize the model as it was before the adapter was trained, with the same values"
+        )
+    for table in found:
+        leaves[table.slot.path] = resized_table(leaves[table.slot.path], table)
+    return fit.treedef.unflatten(list(leaves.values()))
 
 
 def _said(given: Any, adapter: Adapter) -> bool | tuple[str, ...] | None:
@@ -93,21 +135,59 @@ def _moved(adapter: Adapter, moved: Shift) -> Adapter:
 
 def _untied(adapter: Adapter, slots: Slots) -> Adapter:
     """Without the head of a model whose table is its head, where the adapter has the same for both."""
-    if HEAD in slots or HEAD not in _named(adapter):
-        return adapter
     table = next((name for name in slots if name.rpartition(".")[2] in TABLES), "")
+    if HEAD in slots or not table:
+        return adapter
+    adapter = _with_copies_of(table, adapter)
+    if HEAD not in _named(adapter):
+        _check_both_uses(table, adapter)
+        return adapter
     head, own = adapter.updates.get(HEAD), adapter.updates.get(table)
     is_same = head and own and np.array_equal(head.a, own.b.T) and np.array_equal(head.b, own.a.T)
     whole = [adapter.full.get(f"{name}.weight") for name in (HEAD, table)]
     is_saved_twice = whole[0] is not None and whole[1] is not None and np.array_equal(whole[0], whole[1])
     if not is_same and not is_saved_twice:
+        other = "another update for that" if table in _named(adapter) else "none for that"
         raise ValueError(
             f"peft.load: the adapter changes {HEAD}, of which the tree has none: its table {table} is the head too, "
-            f"and the adapter has another update for that. Give the tree a head of its own, {HEAD}/weight: a copy of it"
+            f"and the adapter has {other}. Give the tree a head of its own, {HEAD}/weight: a copy of it"
         )
     rest = lambda values: {name: value for name, value in values.items() if _module(name) != HEAD}
     fields = ("updates", "full", "bases")
     return dataclasses.replace(adapter, **{field: rest(getattr(adapter, field)) for field in fields})
+
+
+def _with_copies_of(table: str, adapter: Adapter) -> Adapter:
+    """The adapter with its copy of the head's base as one of the table's, which it must be."""
+    bases = dict(adapter.bases)
+    head, own = bases.pop(f"{HEAD}.weight", None), bases.get(f"{table}.weight")
+    if head is not None and own is not None and not np.array_equal(head, own):
+        raise ValueError(
+            f"peft.load: the adapter's file has copies of {HEAD} and of {table} that differ, but the tree has one for "
+            f"both. Give the tree a head of its own, {HEAD}/weight"
+        )
+    return dataclasses.replace(adapter, bases=bases if head is None else bases | {f"{table}.weight": head})
+
+
+def _check_both_uses(table: str, adapter: Adapter) -> None:
+    """Refuses the update of a language model's table alone, where the tree has its head in the same leaf."""
+    is_changed = table in adapter.updates or f"{table}.weight" in adapter.full
+    is_tied = bool(adapter.config.get("ensure_weight_tying"))
+    if is_changed and adapter.config.get("task_type") == "CAUSAL_LM" and not is_tied:
+        raise ValueError(
+            f"peft.load: the adapter changes {table} as a table and leaves the head, {HEAD}, as it was; in the tree "
+            f"one leaf is both. Give the tree a head of its own, {HEAD}/weight: a copy of the table"
+        )
+
+
+def _check_copies(adapter: Adapter, slots: Slots) -> None:
+    """Refuses whole tensors that are no copies of a leaf: in PEFT they would overwrite the base."""
+    if missing := [name for name in adapter.bases if _module(name) not in slots]:
+        saved = repr(adapter.config.get("modules_to_save"))[:200]
+        raise ValueError(
+            f"peft.load: the adapter's file has a whole tensor {missing[0]}, which would overwrite the base; its "
+            f"settings name no such module (modules_to_save={saved}), and the tree has none of that name"
+        )
 
 
 def _check_names(adapter: Adapter, slots: Slots, has_map: bool) -> None:
@@ -177,10 +257,10 @@ def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:
     return nodes
 
 
-def _pieces(values: Mapping[str, Any], slots: Slots, known_only: bool = False) -> dict[str, list[Piece]]:
+def _pieces(values: Mapping[str, Any], slots: Slots) -> dict[str, list[Piece]]:
     """What the adapter has for each leaf, by the parts of it."""
     found: dict[str, list[Piece]] = collections.defaultdict(list)
     for name, value in values.items():
-        for slot in slots.get(name, ()) if known_only else slots[name]:
+        for slot in slots[name]:
             found[slot.path].append(Piece(name, slot, value))
     return found

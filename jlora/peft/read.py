@@ -13,7 +13,7 @@ from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Update
 from jlora.peft.config import Config
 from jlora.peft.files import locked
 from jlora.peft.keys import ECHOES, parse
-from jlora.peft.names import HEAD
+from jlora.peft.names import HEAD, TABLES
 from jlora.peft.settings import CONFIG, WEIGHTS, beside, of_save
 from jlora.peft.tensors import TensorFile, are_finite
 
@@ -111,10 +111,11 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
         roles[name][role] = key
     parameters = _experts(file, roles, config)
     of_role = lambda role: {name: file[keys[role]] for name, keys in roles.items() if role in keys}
-    full = of_role("full")
+    whole = of_role("full")
+    full = {name: array for name, array in whole.items() if _is_trained(name, whole, config)}
+    copies = {name: array for name, array in whole.items() if name not in full}
     tokens = {name: _rows(file, name, rows, config) for name, rows in of_role("tokens").items()}
-    _check_full(file, full, config)
-    _check_echoes(file, {name for role in ECHOES for name in of_role(role)}, full, config)
+    copies |= _echoes(file, *map(of_role, ECHOES), full, config)
     names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
     updates = {parameters.get(name, name): _update(file, name, roles[name], parameters, config) for name in names}
     _check_left(file, {*names}, roles)
@@ -124,7 +125,7 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
         updates,
         full,
         tokens,
-        {f"{name}.weight": array for name, array in of_role("base").items()},
+        copies | {f"{name}.weight": array for name, array in of_role("base").items()},
         dropout=float(config.spec.dropout),
         conv1d=config.conv1d,
         start=config.start,
@@ -220,21 +221,34 @@ def _rows(file: TensorFile, name: str, rows: np.ndarray, config: Config) -> tupl
     return tokens, rows
 
 
-def _check_full(file: TensorFile, full: Mapping[str, np.ndarray], config: Config) -> None:
-    """Refuses whole tensors that the settings do not speak of: in PEFT such a tensor overwrites the base."""
-    for name in full:
-        is_bias = name.endswith(".bias") and config.spec.bias != "none"
-        if not is_bias and not config.is_saved(name):
-            raise ValueError(
-                f"{file.path} has a whole tensor {name}, which would overwrite the base; its settings name no such "
-                f"module (modules_to_save={_short(config.data.get('modules_to_save'))}) and bias={config.spec.bias!r}"
-            )
+def _is_trained(name: str, whole: Mapping[str, np.ndarray], config: Config) -> bool:
+    """Whether a whole tensor is one that the settings name, or the head of a table that they name: the same, tied.
+
+    Others are copies of the base, as PEFT saves the tables of a model with more tokens.
+    """
+    if config.is_saved(name) or (name.endswith(".bias") and config.spec.bias != "none"):
+        return True
+    tables = [other for other in whole if other.rpartition(".")[0].rpartition(".")[2] in TABLES]
+    is_tied = config.data.get("ensure_weight_tying") and name == f"{HEAD}.weight"
+    return bool(is_tied) and any(config.is_saved(x) and np.array_equal(whole[x], whole[name]) for x in tables)
 
 
-def _check_echoes(file: TensorFile, echoes: set[str], full: Mapping[str, np.ndarray], config: Config) -> None:
-    for name in sorted(echoes):
-        if config.spec.bias != "all" or name not in full:
-            raise ValueError(f"{file.path} has a second copy of {name}, which PEFT writes with bias='all' alone")
+def _echoes(
+    file: TensorFile,
+    saved: Mapping[str, np.ndarray],
+    originals: Mapping[str, np.ndarray],
+    full: Mapping[str, np.ndarray],
+    config: Config,
+) -> dict[str, np.ndarray]:
+    """What PEFT writes twice: modules that are saved once more, and the originals, which are copies of the base."""
+    for name in sorted({*saved, *originals} - {*full}):
+        raise ValueError(f"{file.path} has a second copy of {name}, but not {name} itself")
+    if config.spec.bias == "all":  # then biases have such, which are no copies to be relied on
+        saved, originals = ({n: x for n, x in found.items() if not n.endswith(".bias")} for found in (saved, originals))
+    for name, array in saved.items():
+        if not np.array_equal(array, full[name]):
+            raise ValueError(f"{file.path} has two copies of {name} that differ")
+    return dict(originals)
 
 
 def _check_parts(file: TensorFile, name: str, given: Mapping[str, np.ndarray], config: Config, out: int) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from peft import PeftModel  # noqa: E402
 
-from tests.peft_files.torch_models import CASES, inputs, merged_weights  # noqa: E402
+from tests.peft_files.torch_models import CASES, Case, inputs, llama, merged_weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -74,3 +74,60 @@ def test_peft_reads_our_files(name, tmp_path):
     given = inputs(model)
     with torch.no_grad():
         np.testing.assert_allclose(again(**given).logits.numpy(), model(**given).logits.numpy(), atol=2e-5)
+
+
+QUERY = {"r": 2, "target_modules": ["q_proj"]}
+BOTH, TIED = {"modules_to_save": ["embed_tokens", "lm_head"]}, {"ensure_weight_tying": True}
+# A model whose vocabulary grew from 50 to 53: whether it is tied, its adapter, and whether PEFT saves all tables.
+GROWN = {
+    "tables beside": (False, QUERY, True),
+    "tables beside, tied": (True, QUERY, True),
+    "saved modules": (False, QUERY | BOTH, False),
+    "saved modules and tables": (False, QUERY | BOTH, True),
+    "one saved module": (False, QUERY | {"modules_to_save": ["embed_tokens"]}, True),
+    "tied table": (True, QUERY | TIED | {"modules_to_save": ["embed_tokens"]}, False),
+    "tied head": (True, QUERY | TIED | {"modules_to_save": ["lm_head"]}, False),
+    "tied both": (True, QUERY | TIED | BOTH, False),
+    "adapted table": (False, {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}, True),
+    "adapted tables": (False, {"r": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}, True),
+    "adapted head": (False, {"r": 2, "target_modules": ["q_proj", "lm_head"]}, True),
+    "tokens and tables": (False, QUERY | {"trainable_token_indices": [50, 51, 52]}, True),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_an_adapter_with_added_tokens(name, tmp_path):
+    """Onto the model as it was resized, and onto the one before, whose new rows are then the adapter's."""
+    is_tied, settings, with_tables = GROWN[name]
+    torch.manual_seed(0)
+    small = base_state(llama(is_tied))
+
+    def grown():
+        torch.manual_seed(0)
+        base = llama(is_tied)
+        base.resize_token_embeddings(53)
+        return base
+
+    case = Case(grown, settings)
+    large = base_state(grown())
+    model = case.make()
+    state = {
+        name.replace(".base_layer", ""): x.detach().numpy() for name, x in model.get_base_model().named_parameters()
+    }
+    large |= {name: state[name].copy() for name in large if name in state}
+    model.save_pretrained(tmp_path, save_embedding_layers=with_tables)
+    wanted = merged_weights(model)
+    for before in (large, small):
+        tree = nested(before)
+        if before is small:
+            with pytest.raises(ValueError, match=r"53 rows of .*resize_tables"):
+                jlora.peft.load(tmp_path, tree)
+            if name in ("adapted table", "adapted head"):
+                with pytest.raises(ValueError, match=r"no values of (lm_head|model.embed_tokens), which has as many"):
+                    jlora.peft.resize_tables(tree, tmp_path)
+                continue
+            tree = jlora.peft.resize_tables(tree, tmp_path)
+        found = flat(jlora.merge(jlora.peft.load(tmp_path, tree)))
+        assert found.keys() == before.keys()
+        for weight, value in found.items():
+            np.testing.assert_allclose(value, wanted[weight], atol=2e-6, rtol=1e-5, err_msg=weight)
