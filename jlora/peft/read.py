@@ -115,7 +115,8 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
     full = {name: array for name, array in whole.items() if _is_trained(name, whole, config)}
     copies = {name: array for name, array in whole.items() if name not in full}
     tokens = {name: _rows(file, name, rows, config) for name, rows in of_role("tokens").items()}
-    copies |= _echoes(file, *map(of_role, ECHOES), full, config)
+    saved, originals = (of_role(role) for role in ECHOES)
+    copies |= _echoes(file, saved, originals, full, config)
     names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
     updates = {parameters.get(name, name): _update(file, name, roles[name], parameters, config) for name in names}
     _check_left(file, {*names}, roles)
