@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlora.targets.patterns import ANY, MAX_PATTERN, MODULE
 
-_LITERAL = re.compile(r"[\w.-]+")
+_LITERAL = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
+MAX_PAIRS, MAX_OVERRIDES = 4_000_000, 5000  # that are compared, and that are kept: each is a regular expression
 _EMBEDDINGS = "embed_tokens|embed|embeddings?|embedder|token_embed(?:der|dings?)?|tok_embeddings|word_embeddings|wte"
 
 EMBEDDING = rf"{MODULE}(?:.*\.)?(?:{_EMBEDDINGS}|shared)"
@@ -55,12 +56,21 @@ def overrides(ranks: Mapping[str, Any], alphas: Mapping[str, Any]) -> dict[str, 
     In PEFT the first key of each that matches counts on its own. So the pairs come first, in the order of both, then
     the keys by themselves. A pair that no name can match is left out.
 
+    Raises:
+      ValueError: if there are more of them than can be told apart in a moment.
+
     Example:
       >>> list(overrides({"q": 4}, {"v": 8, "l.q": 16}))
       ['module:(?=(?:.*\\\\.)?(?:q)$)(?:.*\\\\.)?(?:l.q)', 'module:(?:.*\\\\.)?(?:q)', 'module:(?:.*\\\\.)?(?:v)', \
 'module:(?:.*\\\\.)?(?:l.q)']
     """
-    pairs = [(r, a) for r in ranks for a in alphas if _may_meet(r, a)]
+    pairs = _pairs(ranks, alphas)
+    count = len({*ranks} ^ {*alphas}) + (len(ranks) * len(alphas) if pairs is None else len(pairs))
+    if pairs is None or count > MAX_OVERRIDES:
+        raise ValueError(
+            f"rank_pattern has {len(ranks)} patterns and alpha_pattern {len(alphas)}: a module may match one of each, "
+            f"which makes {count} cases; at most {MAX_OVERRIDES} are read. Give plain names, or fewer patterns"
+        )
     return (
         {_key(r, a): {"rank": ranks[r], "alpha": alphas[a]} for r, a in pairs}
         | {_key(r): {"rank": rank} for r, rank in ranks.items() if r not in alphas}
@@ -75,14 +85,48 @@ def _key(key: str, other: str | None = None) -> str:
     return rf"{MODULE}(?=(?:.*\.)?(?:{key})$)(?:.*\.)?(?:{other})"
 
 
-def _may_meet(a: str, b: str) -> bool:
-    """Whether one name may match both keys; False only for plain names, in which a dot is any character."""
-    if not _LITERAL.fullmatch(a) or not _LITERAL.fullmatch(b):
+def _pairs(ranks: Iterable[str], alphas: Iterable[str]) -> list[tuple[str, str]] | None:
+    """The keys of both that one name may match; None where there are too many to look at, or to keep."""
+    first, second = ({key: _Key.of(key) for key in keys} for keys in (ranks, alphas))
+    if len(first) * len(second) > MAX_PAIRS:
+        return None
+    found: list[tuple[str, str]] = []
+    for rank, own in first.items():
+        found += [(rank, alpha) for alpha, other in second.items() if rank == alpha or _may_meet(own, other)]
+        if len(found) > MAX_OVERRIDES:
+            return None
+    return found
+
+
+class _Key(NamedTuple):
+    """A key that is a plain name, read from behind.
+
+    Args:
+      letters: from the last on; None stands for any, which a dot is.
+      is_whole: whether it begins with ``^``.
+    """
+
+    letters: list[str | None]
+    is_whole: bool
+
+    @classmethod
+    def of(cls, key: str) -> _Key | None:
+        """None: it is another regular expression."""
+        if not _LITERAL.fullmatch(key):
+            return None
+        letters = [None if x == "." else x[-1] for x in re.findall(r"\\?.", key.removeprefix("^"))]
+        return cls(letters[::-1], key.startswith("^"))
+
+
+def _may_meet(a: _Key | None, b: _Key | None) -> bool:
+    """Whether one name may match both keys; False only for plain names."""
+    if a is None or b is None:
         return True
-    short, long = sorted((a, b), key=len)
-    extra = len(long) - len(short)
-    is_end = all(x == y or "." in (x, y) for x, y in zip(short, long[extra:], strict=True))
-    return is_end and (extra == 0 or long[extra - 1] == ".")
+    short, long = (a, b) if len(a.letters) <= len(b.letters) else (b, a)
+    n = len(short.letters)
+    if len(long.letters) > n and (short.is_whole or long.letters[n] not in (None, ".")):
+        return False
+    return all(x is None or y is None or x == y for x, y in zip(short.letters, long.letters, strict=False))
 
 
 def _groups(names: Iterable[str]) -> Iterator[str]:

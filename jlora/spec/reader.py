@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 UNSET = (None, False, 0)
+MAX_NAMES = 10_000  # in a list: each is a part of a regular expression
 NEAR, CLOSE = 0.7, 0.85  # a name that is alike; a slip of a letter or two
 
 
@@ -46,7 +47,14 @@ class Settings:
         """A setting that is a list of names, and empty by default."""
         value = self.get(name, ())
         if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(x, str) and x for x in value):
-            raise ValueError(f"{self.where}: {self.names.get(name, name)} must be a list of names, found {value!r}")
+            raise ValueError(
+                f"{self.where}: {self.names.get(name, name)} must be a list of names, found {_short(value)}"
+            )
+        if len(value) > MAX_NAMES:
+            raise ValueError(
+                f"{self.where}: {self.names.get(name, name)} has {len(value)} names; at most {MAX_NAMES} are read. Give "
+                "what they end with, or a regular expression"
+            )
         return tuple(value) if isinstance(value, (list, tuple)) else tuple(sorted(value))
 
     def refuse(self, name: str, why: str) -> NoReturn:

@@ -26,7 +26,7 @@ Pattern = str | re.Pattern[str]
 Matcher = Callable[[str], str | None]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1 << 14)  # more than a spec has
 def matcher(pattern: Pattern) -> Matcher:
     """Compiles a pattern to a function of a path that says what it matched: ``"leaf"``, ``"module"`` or None.
 

@@ -129,6 +129,7 @@ def first(pattern, name, default):
 
 keys = st.sampled_from(["q_proj", "v_proj", "attn.q_proj", "0.attn.q_proj", "model.layers.0.attn.q_proj", "a.tn.q_proj",
                         "layers.1.mlp.up_proj", ".*up_proj", "[qv]_proj", "^model.layers.1.mlp.up_proj", "none",
+                        r"attn\.q_proj", r"^model\.attn_norm", r"0\.attn.q_proj",
                         "attn.(q|v)_proj", "v_proj|up_proj", r"layers\.\d\..*", "proj", ".q_proj", "at+n"])  # fmt: skip
 patterns = st.dictionaries(keys, st.integers(1, 50), max_size=5)
 
@@ -674,3 +675,52 @@ def test_every_pattern_that_is_made_is_one_of_modules_or_a_regex():
     spec = LoraSpec.from_peft(PEFT | {"exclude_modules": ["a"], "modules_to_save": ["b"], "rank_pattern": {"c": 1}})
     for pattern in (*spec.targets, *spec.exclude, *spec.train, *spec.overrides):
         assert pattern.startswith("module:") and matcher(pattern)
+
+
+# -------------------------------------------------------------------------------- sizes
+
+
+REGEX = {rf".*layers\.{i}\.q_proj": 3 for i in range(300)}
+PLAIN = {f"layers.{i}.q_proj": 2 for i in range(600)}
+OFF = {rf"^layers\.{i}\.attn\.v_proj": 2 for i in range(700)}
+
+
+@pytest.mark.parametrize(
+    "settings, count",
+    [({"rank_pattern": PLAIN, "alpha_pattern": PLAIN}, 600), ({"rank_pattern": PLAIN, "alpha_pattern": OFF}, 1300),
+     ({"rank_pattern": REGEX}, 300)],
+    ids=["same", "other names", "regular expressions"],
+)  # fmt: skip
+def test_many_patterns_are_read(settings, count):
+    assert len(LoraSpec.from_peft(PEFT | settings).overrides) == count
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"rank_pattern": REGEX, "alpha_pattern": dict(list(REGEX.items())[:200])}, "at most 5000 are read"),
+        ({"rank_pattern": {f"{i}.q": 2 for i in range(20_000)}}, "which makes 20000 cases; at most 5000 are read"),
+        (
+            {"rank_pattern": {f"y{i}": 2 for i in range(3000)}, "alpha_pattern": {f"x{i}": 2 for i in range(3000)}},
+            "at most 5000 are read",
+        ),
+        (
+            {"target_modules": [f"layers.{i}.q_proj" for i in range(100_000)]},
+            "has 100000 names; at most 10000 are read",
+        ),
+        ({"modules_to_save": ["x"] * 10_001}, "modules_to_save has 10001 names"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else next(iter(x)),
+)
+def test_more_than_can_be_told_apart_in_a_moment_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        LoraSpec.from_peft(PEFT | settings)
+
+
+def test_whole_names_and_written_dots_are_plain():
+    """As jlora and PEFT write them: two of such names are not taken for ones that may meet."""
+    ranks, alphas = {r"^layers\.0\.q": 4, "layers.1.q": 5}, {"^model.layers.0.q": 7, r"s\.1\.q": 8, "q": 9}
+    spec = LoraSpec.from_peft({"target_modules": ["q"], "rank_pattern": ranks, "alpha_pattern": alphas})
+    for name in ("layers.0.q", "model.layers.0.q", "layers.1.q", "layersX1Xq", "x.s.1.q", "s.1.q", "q"):
+        at = spec.at(name.replace(".", "/") + "/kernel")
+        assert (at.rank, at.alpha) == (first(ranks, name, 8), first(alphas, name, 8)), name
