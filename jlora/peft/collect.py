@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from jlora.variants.lora import LoraParam, from_start
 from jlora.variants.tokens import TokensParam
 
 Named = tuple[str, Slot]
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by vLLM and SGLang: one product for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Collected:
       adapter: what was trained.
       known: all of the tree's modules and parameters by PyTorch's names; True where it is a kernel.
       frozen: the values of parameters that lie in a module beside one that trains.
+      siblings: the sizes (in, out) of kernels without an update that servers fuse with one that has.
     """
 
     adapter: Adapter
     known: Mapping[str, bool]
     frozen: Mapping[str, np.ndarray]
+    siblings: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
@@ -75,7 +79,8 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
     turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]
     adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned))
     known = {name: _is_kernel(found[0]) for name, found in slots.items()}
-    return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)))
+    siblings = dict(_siblings({name: kernels[slots[name][0].path] for name in updates}, slots, by_path))
+    return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)), siblings)
 
 
 def _check_native(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> None:
@@ -218,3 +223,21 @@ def _beside(
                 parameter = parameter_of(name, slot)
                 if parameter not in full and not is_node(leaf) and not isinstance(leaf, jax.ShapeDtypeStruct):
                     yield parameter, torch_array(name, slot, leaf)
+
+
+def _siblings(
+    nodes: Mapping[str, Any], slots: Mapping[str, Sequence[Slot]], leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The kernels that are fused with adapted ones, where the tree has all of them; their axes are those of the one."""
+    for name, node in nodes.items():
+        module, _, last = name.rpartition(".")
+        for group in (group for group in FUSED if last in group):
+            others = [f"{module}.{other}" for other in group]
+            words = layout.words_of(slots[name][0], node.axes)
+            if not all(other in slots and len(slots[other]) == 1 for other in others):
+                continue
+            for other in {*others} - {*nodes}:
+                slot = slots[other][0]
+                part = Part(words, slot.sizes(leaves[slot.path].shape), slot.layout)
+                if len(part.sizes) == len(words):
+                    yield other, (math.prod(part.of("in")), math.prod(part.of("out")))

@@ -27,6 +27,8 @@ ITSELF = "; or save without portable=True, for PEFT itself"
 def portable(collected: Collected) -> Collected:
     """The adapter with every scale folded into B and zeros up to the largest rank, in all layers of a kind.
 
+    What servers fuse with an adapted kernel has zeros too: SGLang takes none of q, k and v without the others.
+
     Raises:
       ValueError: if it has what such files can't say.
     """
@@ -34,6 +36,7 @@ def portable(collected: Collected) -> Collected:
     _check(adapter, collected.known)
     rank = max(update.rank for update in adapter.updates.values())
     updates = {name: _folded(update, rank) for name, update in adapter.updates.items()}
+    updates |= {name: _nothing(rank, *sizes) for name, sizes in collected.siblings.items()}
     twins = {within(name): update for name, update in updates.items()}
     missing = [name for name, is_kernel in collected.known.items() if is_kernel and name not in updates]
     zeros = {name: _zeros(twins[within(name)]) for name in missing if within(name) in twins and within(name) != name}
@@ -73,6 +76,10 @@ def _folded(update: Update, rank: int) -> Update:
 
 def _zeros(update: Update) -> Update:
     return dataclasses.replace(update, a=np.zeros_like(update.a), b=np.zeros_like(update.b))
+
+
+def _nothing(rank: int, ins: int, outs: int) -> Update:
+    return Update(LINEAR, np.zeros((rank, ins), np.float32), np.zeros((outs, rank), np.float32), 1.0)
 
 
 def low_rank(tree: Any, rank: int) -> tuple[Any, dict[str, float]]:

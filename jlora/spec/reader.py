@@ -52,8 +52,8 @@ class Settings:
             )
         if len(value) > MAX_NAMES:
             raise ValueError(
-                f"{self.where}: {self.names.get(name, name)} has {len(value)} names; at most {MAX_NAMES} are read. Give "
-                "what they end with, or a regular expression"
+                f"{self.where}: {self.names.get(name, name)} has {len(value)} names; at most {MAX_NAMES} are read. "
+                "Give what they end with, or a regular expression"
             )
         return tuple(value) if isinstance(value, (list, tuple)) else tuple(sorted(value))
 
@@ -77,7 +77,8 @@ class Settings:
             with none of them is refused only if it is close to a known one.
         """
         for name, value in self.values.items():
-            if name in known or value is None or value is False or (isinstance(value, Collection) and not value):
+            is_off = len(value) == 0 if isinstance(value, Collection) else value in UNSET
+            if name in known or is_off:
                 continue
             near = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
             is_near = bool(difflib.get_close_matches(name, known, n=1, cutoff=CLOSE))

@@ -52,6 +52,45 @@ def test_nothing_is_lost(tmp_path):
     assert_same(merged(again), merged(wrapped))
 
 
+FULL = {
+    f"model.layers.{i}.{name}.weight": noise(*sizes)
+    for i in range(2)
+    for name, sizes in {"self_attn.q_proj": (8, 4), "self_attn.k_proj": (2, 4), "self_attn.v_proj": (2, 4),
+                        "self_attn.o_proj": (4, 8), "mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4)}.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "adapted, expected",
+    [
+        (["self_attn.v_proj"], {"q_proj", "k_proj", "v_proj"}),
+        (["self_attn.q_proj", "mlp.up_proj"], {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        (["self_attn.o_proj"], {"o_proj"}),
+    ],
+)
+@pytest.mark.parametrize("is_flax", [False, True])
+def test_what_servers_fuse_is_whole(adapted, expected, is_flax, tmp_path):
+    """SGLang takes q, k and v together, and gate and up: those that are not adapted get zeros, of their sizes."""
+    first = {f"model.layers.0.{name}.weight": lora(FULL[f"model.layers.0.{name}.weight"]) for name in adapted}
+    wrapped = nested(FULL | first)
+    if is_flax:
+        of = lambda name: f"{name.removesuffix('.weight')}.kernel"
+        axes = jlora.Axes(0, 1)
+        wrapped = nested({of(n): lora(x.base.T, axes=axes) if n in first else x.T for n, x in (FULL | first).items()})
+    config = saved(tmp_path, wrapped)
+    assert {*config["target_modules"]} == expected
+    file = TensorFile(tmp_path / "adapter_model.safetensors")
+    for name, x in FULL.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        assert (f"{module}.lora_A.weight" in file) == (name.split(".")[-2] in expected)
+        if f"{module}.lora_A.weight" in file:
+            a, b = (file[f"{module}.lora_{which}.weight"] for which in "AB")
+            assert (a.shape, b.shape) == ((2, x.shape[1]), (x.shape[0], 2))
+            assert name in first or (not a.any() and not b.any())
+    again = jlora.peft.load(tmp_path, nested(FULL))
+    assert all(np.array_equal(merged(again)[name], x) for name, x in FULL.items() if name not in first)
+
+
 @pytest.mark.parametrize(
     ("what", "settings"),
     [

@@ -637,7 +637,15 @@ def test_what_llamafactorys_v1_cant_be(settings, told):
 
 def test_settings_that_are_not_known_and_switch_nothing_on_are_no_matter():
     """As PEFT 0.2 wrote them, and as later versions will."""
-    old = {"merge_weights": False, "enable_lora": None, "fan_in_fan_out": False, "some_config": {}, "some_list": []}
+    old = {
+        "merge_weights": False,
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "some_config": {},
+        "some_list": [],
+        "some_dropout": 0.0,
+        "some_name": "",
+    }
     assert LoraSpec.from_peft(PEFT | old) == LoraSpec.from_peft(PEFT)
     for value in (True, 1, "x", [1]):
         with pytest.raises(ValueError, match="knows no setting 'merge_weights'"):
