@@ -31,7 +31,7 @@ from jlora.peft.files import clear
 from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.place import place
-from jlora.peft.read import read
+from jlora.peft.read import PICKLE, read
 from jlora.peft.settings import CONFIG, WEIGHTS
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
 from jlora.tree import MergePrecisionWarning, merge
@@ -102,7 +102,7 @@ def _leaves(files: Mapping[str, TensorFile], adapter: Adapter) -> Iterator[tuple
 def _identity(given: argparse.Namespace, files: Mapping[str, TensorFile]) -> dict[str, Any]:
     """What a begun merge is of; only the same is gone on with."""
     digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, WEIGHTS, PICKLE):
         path = given.adapter / name
         digest.update(path.read_bytes() if path.is_file() else b"")
     sizes = {name: [file.path.stat().st_size, file.path.stat().st_mtime_ns] for name, file in files.items()}

@@ -1,4 +1,4 @@
-"""An adapter's directory, of either kind."""
+"""An adapter's directory, or file: PEFT's, Orbax's, or that of another tool."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jlora import checkpoint
+from jlora.peft import mlx
+from jlora.peft.adapter import EMBEDDING, EXPERTS
 from jlora.peft.collect import Collected, collect
+from jlora.peft.flat import FlatAdapter, dotted
+from jlora.peft.foreign import SINGLE, kind_of, read_any
 from jlora.peft.maps import NAMES
-from jlora.peft.read import PICKLE, read
+from jlora.peft.models import files_of
+from jlora.peft.names import slots_of
+from jlora.peft.read import PICKLE
 from jlora.peft.settings import CONFIG, WEIGHTS
 
 
@@ -18,7 +24,8 @@ def is_orbax(directory: Path) -> bool:
     Raises:
       FileNotFoundError: if it holds no adapter at all.
     """
-    if any((directory / name).exists() for name in (CONFIG, WEIGHTS, PICKLE)):
+    marks = (CONFIG, WEIGHTS, PICKLE, mlx.WEIGHTS, *SINGLE)
+    if directory.is_file() or any((directory / name).exists() for name in marks):
         return False
     if (directory / checkpoint.ABOUT).is_dir():
         return True
@@ -26,13 +33,76 @@ def is_orbax(directory: Path) -> bool:
     raise FileNotFoundError(f"{directory} {there}")
 
 
-def adapter_of(directory: Path, names: str | None = None, allow_nonfinite: bool = False) -> Collected:
-    """An adapter under PyTorch's names; those of an Orbax one by a ready map, or its paths with dots."""
-    if is_orbax(directory):
-        return collect(checkpoint.load_abstract(directory), names)
-    adapter = read(directory, allow_nonfinite=allow_nonfinite)
+def adapter_of(
+    path: Path,
+    names: str | None = None,
+    allow_nonfinite: bool = False,
+    component: str | None = None,
+    base: Path | None = None,
+) -> Collected:
+    """An adapter under PyTorch's names.
+
+    Args:
+      path: its directory or file.
+      names: of an Orbax adapter, a ready map from its paths; None: these with dots.
+      allow_nonfinite: take NaN and infinite values as they are.
+      component: which of the adapters in a file of an image model's.
+      base: the model's safetensors, for the names that another tool's file does not tell.
+    """
+    if is_orbax(path):
+        return collect(checkpoint.load_abstract(path), names)
+    adapter = read_any(path, component=component, allow_nonfinite=allow_nonfinite)
     known = dict.fromkeys(adapter.updates, True) | {name: name.endswith(".weight") for name in adapter.full}
+    if base is not None:
+        shapes = {name: info.shape for file in files_of(base).values() for name, info in file.infos.items()}
+        known = {
+            name: len(shapes[slots[0].path]) >= 2 and not name.endswith(".bias")
+            for name, slots in slots_of(shapes, None).items()
+        }
+        adapter = dotted("convert", adapter, known)
     return Collected(adapter, known, {})
+
+
+def check_foreign(path: Path, kind: str, collected: Collected, base: Path | None) -> None:
+    """Refuses another tool's adapter that has not all that PEFT's files say.
+
+    Args:
+      path: where it lies.
+      kind: whose it is.
+      collected: the adapter.
+      base: the model that was given to tell its names, if any.
+    """
+    adapter = collected.adapter
+    if isinstance(adapter, FlatAdapter):
+        raise ValueError(
+            f"{path} is of kohya's scripts, whose names have underscores for dots; give the model's safetensors, which "
+            "tell the names: --base DIRECTORY"
+        )
+    kinds = {update.kind: name for name, update in adapter.updates.items()}
+    if kind == "mlx" and EXPERTS in kinds:
+        raise ValueError(
+            f"{path} has an update of stacked experts, {kinds[EXPERTS]}, which MLX-LM names and stacks otherwise than "
+            "Transformers; fuse it into the model in MLX-LM (mlx_lm.fuse)"
+        )
+    if kind == "mlx" and EMBEDDING in kinds and base is None:
+        raise ValueError(
+            f"{path} has an update of a table, {kinds[EMBEDDING]}, which is the head too in some models; give the "
+            "model's safetensors, which tell: --base DIRECTORY"
+        )
+    if missing := [name for name in adapter.updates if name not in collected.known]:
+        raise ValueError(f"{path} has {missing[0]}, which is no module of the model in {base}")
+
+
+def source_of(path: Path, wanted: str | None) -> str:
+    """Whose adapter lies at a path.
+
+    Raises:
+      ValueError: if it is not that of the tool that was named.
+    """
+    kind = "orbax" if is_orbax(path) else kind_of(path)
+    if wanted not in (None, kind):
+        raise ValueError(f"{path} is an adapter of {kind}, not of {wanted}, by its files and the names in them")
+    return kind
 
 
 def check_out(out: Path, inputs: Iterable[Path], force: bool, marks: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.examples.pth import read_pth
+from jlora.peft.pickled import state_dict
 
 FILE = "efficientnet-lite0-57934424.pth"
 SIZE = 224
@@ -128,7 +128,7 @@ def blocks(stages: tuple[Stage, ...]) -> Iterator[tuple[int, int, int, int]]:
 
 def load_variables(folder: Path) -> dict[str, Any]:
     """Returns `params` and `batch_stats` of the pretrained `EfficientNet()`."""
-    return variables_from_torch(read_pth(folder / FILE), STAGES)
+    return variables_from_torch(state_dict(folder / FILE), STAGES)
 
 
 def variables_from_torch(tensors: Mapping[str, np.ndarray], stages: tuple[Stage, ...]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Adapter files of Hugging Face's PEFT: read onto any tree, written from any tree; and whole models.
 
+Adapters of MLX-LM, of kohya's scripts and of diffusers are read too: the same arrays under other names.
+
 References:
   https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -12,6 +14,7 @@ from typing import Any
 
 from jlora.interpret.sites import Site
 from jlora.peft.collect import collect
+from jlora.peft.foreign import read_any
 from jlora.peft.maps import NAMES
 from jlora.peft.models import from_safetensors, to_safetensors
 from jlora.peft.names import Entry, Layout
@@ -31,17 +34,22 @@ def load(
     names: str | Sequence[Entry] | None = None,
     sites: Mapping[str, Site] | None = None,
     prefix: str | None = None,
+    component: str | None = None,
     fan_in_fan_out: bool | Sequence[str] | None = None,
     allow_nonfinite: bool = False,
     allow_edited: bool = False,
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
 
+    Or with one of another tool, which the files and the names in them tell: MLX-LM's (a directory with
+    ``adapters.safetensors``), that of kohya's scripts or of diffusers (one ``.safetensors`` file).
+
     Nothing in the files is trusted: names and shapes are checked against the settings and the tree before anything is
-    made, base weights are never overwritten, nothing is unpickled, and no name is a path. The tree stays as it is.
+    made, base weights are never overwritten, no pickle is run, and no name is a path. The tree stays as it is.
 
     Args:
-      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, or ``adapter_model.bin`` where that is
+        not there; with ``adapters.safetensors`` of MLX-LM; or the path of a file of kohya's scripts or diffusers.
       params: any tree of arrays, placed or abstract. With PyTorch's names (a model's safetensors, nested by the dots,
         or the parameters of Transformers' Flax models) it needs no `names`.
       names: from PyTorch's names to the tree's: one of `NAMES`, or an ordered list of pairs such as
@@ -50,6 +58,9 @@ def load(
       sites: what `jlora.sites` found, for kernels whose axes neither names nor sizes tell.
       prefix: where in the tree the adapted model is, as in ``"text_model"``, where that is not to be seen. None: the
         adapter's names are the tree's, but for known wrappers around the model, such as ``bert.`` or ``model.``.
+      component: which of the adapters in a file of kohya's scripts or diffusers is that of the tree: ``"unet"``,
+        ``"transformer"``, ``"text_encoder"``, ``"text_encoder_2"``. Kohya's names have underscores for dots; they are
+        told by the tree's.
       fan_in_fan_out: whether matrices of a tree lie (in, out), as those of Transformers' ``Conv1D`` in GPT-2: True or
         False for all, or the ends of the names of those that do. None: as their sizes, their biases, other modules of
         the tree and their names tell. Of a file the setting of this name tells little: it is that of one module.
@@ -65,7 +76,7 @@ def load(
     Raises:
       FileNotFoundError: if there are no such files.
       TypeError: if the tree is wrapped already.
-      ValueError: if the files are not what PEFT writes, or do not fit the tree, or fit in several places of it.
+      ValueError: if the files are not what these tools write, or do not fit the tree, or fit in several places of it.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -78,7 +89,7 @@ def load(
       >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
       (3, 2)
     """
-    adapter = read(directory, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+    adapter = read_any(directory, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
     return place(adapter, params, names, sites, prefix, fan_in_fan_out)
 
 
@@ -108,13 +119,12 @@ def resize_tables(
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
-      >>> spec = jlora.LoraSpec(targets=(), train=["embed_tokens"])
-      >>> larger = jlora.wrap({"embed_tokens": {"weight": jnp.ones((12, 4))}}, spec)
-      >>> params = {"embed_tokens": {"weight": jnp.zeros((10, 4))}}
+      >>> model = lambda rows: {"embed_tokens": {"embedding": jnp.ones((rows, 4))}, "q": {"kernel": jnp.ones((4, 4))}}
+      >>> larger = jlora.wrap(model(12), jlora.LoraSpec(targets=["q"], rank=2, train=["embed_tokens"]))
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     jlora.peft.save(directory, larger)
-      ...     tree = jlora.peft.load(directory, jlora.peft.resize_tables(params, directory))
-      >>> tree["embed_tokens"]["weight"].shape
+      ...     tree = jlora.peft.load(directory, jlora.peft.resize_tables(model(10), directory))
+      >>> tree["embed_tokens"]["embedding"].shape
       (12, 4)
     """
     return resize(read(directory, allow_nonfinite=True), params, names, prefix)

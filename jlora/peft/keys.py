@@ -21,18 +21,20 @@ _ROLES = {
 }
 ECHOES = ("echo of modules_to_save", "echo of original_module")
 _SUFFIX = re.compile(r"(.+?)\.(" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")")
-_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
+NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*")
 _ECHO = re.compile(r"(.+)\.(modules_to_save|original_module)\.([\w-]+)")
 
 
 _NAMED = re.compile(r".+\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.([\w-]+?)(?:\.weight|\.bias)?")
-# Other tools' names of the same arrays.
+# Other tools' names of the same arrays, in a file with the name of PEFT's.
 _OTHERS = {
-    "one of kohya's scripts": re.compile(r"lora_(?:unet|te\d?|transformer)\w*\.(?:alpha|lora_(?:down|up)\.weight)"),
-    "one of diffusers'": re.compile(
+    "one of kohya's scripts, whose files hold all that they need: give the file itself": re.compile(
+        r"lora_(?:unet|te\d?|transformer)_\w+\.(?:alpha|lora_(?:down|up)\.weight)"
+    ),
+    "one of diffusers', whose files hold all that they need: give the file itself": re.compile(
         r"(?:unet|transformer|text_encoder\w*)\..+\.lora(?:_[AB]|\.(?:down|up)|_(?:down|up))\.weight"
     ),
-    "one of MLX-LM's": re.compile(r".+\.lora_[ab]"),
+    "one of MLX-LM's, whose weights are in adapters.safetensors": re.compile(r".+\.lora_[ab]"),
     "one of torchtune's": re.compile(r".+\.lora_[ab]\.weight"),
     "one of the model's own: the file has weights, and no adapter": re.compile(r"(?!.*lora).+\.(?:weight|bias)"),
 }
@@ -62,7 +64,7 @@ def parse(key: str) -> Key:
       Key(name='layers.0.q_proj', role='a')
     """
     name = key.removeprefix(PREFIX)
-    if name == key or len(key) > 1000 or not _NAME.fullmatch(name):
+    if name == key or len(key) > 1000 or not NAME.fullmatch(name):
         whose = next((f": it is {tool}" for tool, pattern in _OTHERS.items() if pattern.fullmatch(key[:1000])), "")
         raise ValueError(f"the tensor {key[:200]!r} is none of PEFT's, whose names begin with {PREFIX!r}{whose}")
     if match := _SUFFIX.fullmatch(name):

@@ -18,6 +18,7 @@ from jlora.nodes.node import is_node, is_unit
 from jlora.nodes.qarray import is_qarray
 from jlora.peft import layout
 from jlora.peft.build import of_leaf
+from jlora.peft.experts import found_in
 from jlora.peft.files import clear
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, leaf_shapes, slots_of
@@ -192,6 +193,11 @@ def from_safetensors(
         for slot in found:
             places[slot.path].append((name, slot))
 
+    get = lambda name: where[name][name]
+
+    def tensor(name: str) -> np.ndarray | None:
+        return get(name) if name in where else found_in(where, get, name)
+
     def read(path: str, leaf: Any) -> Any:
         if not hasattr(leaf, "shape"):
             return leaf
@@ -201,13 +207,13 @@ def from_safetensors(
         seen = 0
         for name, slot in places[path]:
             parameter = parameter_of(name, slot)
-            if parameter not in where:
+            array = tensor(parameter)
+            if array is None:
                 raise ValueError(
                     f"peft.from_safetensors: {directory} has no {parameter}, which {path} is by its name"
                     + ("; a tree with other names than PyTorch's needs names=..." if names is None else " in the map")
                 )
-            array = layout.part_of(where[parameter][parameter], slot)
-            part = of_leaf(Piece(name, slot, None), array, leaf)
+            part = of_leaf(Piece(name, slot, None), layout.part_of(array, slot), leaf)
             whole[slot.place] = part.astype(whole.dtype)
             seen += math.prod(part.shape)
         if seen != whole.size:

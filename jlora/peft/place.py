@@ -16,6 +16,8 @@ from jlora.peft import build
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import Tree
 from jlora.peft.config import Config
+from jlora.peft.experts import in_style_of
+from jlora.peft.flat import dotted
 from jlora.peft.maps import resolved
 from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.orient import Orientation
@@ -78,6 +80,8 @@ def _fitted(
     stacked = {path: known.batch_axis[0] for path, known in axes.items() if known.batch_axis}
     shapes = leaf_shapes(paths, leaves)
     slots = slots_of(shapes, resolved(names), stacked)
+    adapter = dotted(call, adapter, slots, prefix)
+    adapter = in_style_of(slots, shapes, adapter)
     moved = shift([name for name in _named(adapter) if name != HEAD], slots, prefix)
     adapter = _untied(_moved(adapter, moved), slots)
     _check_names(adapter, slots, names is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from jlora.peft.config import Config
 from jlora.peft.files import locked
 from jlora.peft.keys import ECHOES, parse
 from jlora.peft.names import HEAD, TABLES
+from jlora.peft.pickled import PickledFile
 from jlora.peft.settings import CONFIG, WEIGHTS, beside, of_save
 from jlora.peft.tensors import TensorFile, are_finite
 
-PICKLE = "adapter_model.bin"
+PICKLE = "adapter_model.bin"  # what most adapters of PEFT before 0.5 have
 Roles = dict[str, str]
 
 
@@ -25,7 +26,8 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
     """Reads the adapter that PEFT, or `jlora.peft.save`, wrote into a directory.
 
     Args:
-      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, or where that is not there
+        ``adapter_model.bin``, of which the pickle is not run.
       allow_nonfinite: take NaN and infinite values as they are.
       allow_edited: take settings that are not those of the save of the weights.
 
@@ -36,10 +38,11 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
     directory = Path(directory)
     check_there(directory)
     with locked(directory, shared=True):
-        file = TensorFile(directory / WEIGHTS)
+        has_weights = (directory / WEIGHTS).is_file()
+        file = TensorFile(directory / WEIGHTS) if has_weights else PickledFile(directory / PICKLE)
         settings = beside(file)
     config = _config(directory / CONFIG, settings)
-    _check_types(file)
+    check_types(file, file)
     adapter = _adapter(file, config)
     if not allow_edited:
         _check_edited(file, adapter)
@@ -73,8 +76,10 @@ def _check_edited(file: TensorFile, adapter: Adapter) -> None:
             )
 
 
-def _check_types(file: TensorFile) -> None:
-    for name, info in file.infos.items():
+def check_types(file: TensorFile, names: Iterable[str]) -> None:
+    """Refuses tensors that are empty, or no floating numbers."""
+    for name in names:
+        info = file.infos[name]
         if 0 in info.shape:
             raise ValueError(
                 f"{file.path}: {name} is empty, of shape {info.shape}: it was written while its parts were spread over "
@@ -87,15 +92,13 @@ def _check_types(file: TensorFile) -> None:
 
 def check_there(directory: Path) -> None:
     """Refuses a directory without an adapter's files."""
-    if not (directory / WEIGHTS).is_file() and (directory / PICKLE).is_file():
-        raise FileNotFoundError(
-            f"{directory} has its weights as {PICKLE}, a pickle, which may run any code when it is read; load it in "
-            "PEFT where you trust it, and save it again as safetensors"
-        )
-    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    has_weights = (directory / WEIGHTS).is_file() or (directory / PICKLE).is_file()
+    missing = [name for name, there in ((CONFIG, (directory / CONFIG).is_file()), (WEIGHTS, has_weights)) if not there]
     if missing:
         within = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}")) if directory.is_dir() else []
         hint = f"; the adapters in it are {', '.join(within[:5])}: give one of these folders" if within else ""
+        if directory.is_file() or (directory / "adapters.safetensors").is_file():
+            hint = "; if it is one of another tool's, jlora convert makes PEFT's files of it"
         raise FileNotFoundError(f"{directory} is no adapter of PEFT's: it has no {' and no '.join(missing)}{hint}")
 
 
@@ -135,7 +138,7 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
 
 
 def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str], config: Config) -> Update:
-    a, b, kind = _pair(file, name, keys, parameters)
+    a, b, kind = pair(file, name, keys, parameters)
     named = parameters.get(name, name)
     is_tied_head = named == HEAD and config.data.get("ensure_weight_tying")
     if not config.is_target(named) and not is_tied_head:
@@ -160,9 +163,10 @@ def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, s
     return Update(kind, a, b, spec.scale, flat.get("magnitude"), flat.get("bias"))
 
 
-def _pair(
-    file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str]
+def pair(
+    file: TensorFile, name: str, keys: Mapping[str, str], parameters: Mapping[str, str]
 ) -> tuple[np.ndarray, np.ndarray, str]:
+    """The two factors of a module, and its kind; `keys` are its tensors by their roles."""
     is_table = "embedding_a" in keys or "embedding_b" in keys
     roles = ("embedding_a", "embedding_b") if is_table else ("a", "b")
     if missing := [role for role in roles if role not in keys]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jlora
 from jlora.cli import main, parser
@@ -195,6 +196,95 @@ def test_convert_a_stacked_flax_adapter_by_a_map(home, capsys):
     assert main(["convert", "stacked", "torch", "--to", "peft", "--names", "llama"]) == 0
     names = {*TensorFile(home / "torch/adapter_model.safetensors")}
     assert "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight" in names and len(names) == 6
+
+
+def saved(path, tensors):
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+
+
+def other_tools(home):
+    """The adapter "lora" as others write it: its scale is 4, its rank 4."""
+    pairs = {}
+    for i, layer in adapted("lora")["model"]["layers"].items():
+        for module, last in (("attn", "q_proj"), ("mlp", "up_proj")):
+            node = layer[module][last]["weight"]
+            pairs[f"model.layers.{i}.{module}.{last}"] = np.asarray(node.lora_a), np.asarray(node.lora_b)
+    mlx, kohya, diffusers = {}, {}, {"unet.x.lora_A.weight": np.ones((1, 2)), "unet.x.lora_B.weight": np.ones((2, 1))}
+    for name, (a, b) in pairs.items():
+        mlx |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+        flat = f"lora_te_{name.replace('.', '_')}"
+        kohya |= {f"{flat}.lora_down.weight": a.T, f"{flat}.lora_up.weight": b.T, f"{flat}.alpha": np.float32(16)}
+        dotted = f"text_encoder.{name}"
+        diffusers |= {f"{dotted}.lora_A.weight": a.T, f"{dotted}.lora_B.weight": b.T, f"{dotted}.alpha": np.float32(16)}
+    saved(home / "mlx/adapters.safetensors", mlx)
+    (home / "mlx/adapter_config.json").write_text('{"lora_parameters": {"rank": 4, "scale": 4.0}, "model": "me/tiny"}')
+    saved(home / "kohya.safetensors", kohya)
+    saved(home / "diffusers.safetensors", diffusers)
+
+
+TOOLS = {
+    "mlx": ["mlx"],
+    "mlx, named": ["mlx", "--from", "mlx"],
+    "kohya": ["kohya.safetensors", "--base", "base"],
+    "kohya, named": ["kohya.safetensors", "--from", "kohya", "--base", "base", "--component", "text_encoder"],
+    "diffusers": ["diffusers.safetensors", "--component", "text_encoder"],
+    "diffusers, named": ["diffusers.safetensors", "--component", "text_encoder", "--from", "diffusers"],
+}
+
+
+@pytest.mark.parametrize("arguments", TOOLS.values(), ids=TOOLS)
+@pytest.mark.parametrize("to", ["peft", "portable"])
+def test_convert_from_other_tools(home, arguments, to, capsys):
+    other_tools(home)
+    source, *more = arguments
+    assert main(["convert", source, "made", "--to", to, *more]) == 0, capsys.readouterr().err
+    assert main(["diff", "lora", "made"]) == 0
+    jlora.peft.load("made", model())
+    assert main(["merge", "base", "made", "out"]) == 0
+    assert_merged("lora")
+
+
+def test_convert_from_other_tools_to_orbax(home, capsys):
+    other_tools(home)
+    for source in ("mlx", "kohya.safetensors"):
+        assert main(["convert", source, f"{source}.orbax", "--to", "orbax", "--base", "base"]) == 0
+        assert main(["diff", "lora", f"{source}.orbax"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mlx", "--from", "kohya"], "is an adapter of mlx, not of kohya"),
+        (["kohya.safetensors"], "--base DIRECTORY"),
+        (["kohya.safetensors", "--base", "base/model-00001-of-00003.safetensors"], "convert: the adapter has model_"),
+        (["diffusers.safetensors"], "several components"),
+        (["mlx", "--component", "unet"], "--component is for files of kohya's"),
+        (["lora", "--from", "mlx"], "is an adapter of peft, not of mlx"),
+        (["orbax", "--from", "peft"], "is an adapter of orbax, not of peft"),
+        (["lora", "--base", "base"], "--to peft needs none"),
+        (["mlx", "--names", "llama"], "--names is for an Orbax adapter"),
+    ],
+)
+def test_convert_from_other_tools_refuses(home, arguments, message, capsys):
+    other_tools(home)
+    assert main(["convert", *arguments[:1], "out", "--to", "peft", *arguments[1:]]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and not (home / "out").exists()
+
+
+def test_inspect_reads_other_tools(home, capsys):
+    other_tools(home)
+    for source in ("mlx", "kohya.safetensors"):
+        assert main(["inspect", source]) == 0
+        assert "8 -> 12" in capsys.readouterr().out
+
+
+def test_merge_tells_the_way_for_other_tools(home, capsys):
+    other_tools(home)
+    for source in ("mlx", "kohya.safetensors"):
+        assert main(["merge", "base", source, "out"]) == 2
+        assert "jlora convert makes PEFT's files of it" in capsys.readouterr().err
 
 
 def test_diff_tells_what_differs(home, capsys):

@@ -28,11 +28,11 @@ def renamed(adapter, names):
 
 
 OTHERS = {
-    "kohya": ("lora_unet_down_blocks_0_attn_to_q.lora_down.weight", "one of kohya's scripts"),
+    "kohya": ("lora_unet_down_blocks_0_attn_to_q.lora_down.weight", "one of kohya's scripts.*give the file itself"),
     "kohya's alpha": ("lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha", "one of kohya's scripts"),
-    "diffusers": ("unet.down_blocks.0.attn.to_q.lora.down.weight", "one of diffusers'"),
+    "diffusers": ("unet.down_blocks.0.attn.to_q.lora.down.weight", "one of diffusers'.*give the file itself"),
     "diffusers, new": ("transformer.blocks.0.attn.to_q.lora_A.weight", "one of diffusers'"),
-    "MLX-LM": ("model.layers.0.self_attn.q_proj.lora_a", "one of MLX-LM's"),
+    "MLX-LM": ("model.layers.0.self_attn.q_proj.lora_a", "one of MLX-LM's, whose weights are in adapters.safetensors"),
     "torchtune": ("layers.0.attn.q_proj.lora_a.weight", "one of torchtune's"),
     "weights": ("model.layers.0.self_attn.q_proj.weight", "the file has weights, and no adapter"),
 }

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch", reason="the oracle needs torch, peft and tr
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from tests.peft_files.torch_models import CASES, Case, inputs, llama, merged_weights  # noqa: E402
 
@@ -74,6 +75,40 @@ def test_peft_reads_our_files(name, tmp_path):
     given = inputs(model)
     with torch.no_grad():
         np.testing.assert_allclose(again(**given).logits.numpy(), model(**given).logits.numpy(), atol=2e-5)
+
+
+BINS = {
+    "float32": ("patterns", torch.float32),
+    "float16": ("plain", torch.float16),
+    "bfloat16": ("alpha", torch.bfloat16),
+    "dora": ("dora", torch.float32),
+    "saved": ("save-norms", torch.float32),
+    "conv": ("conv", torch.float16),
+    "rows": ("tokens", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name, dtype", BINS.values(), ids=BINS)
+def test_a_bin_of_torch_gives_pefts_merged_weights(name, dtype, is_zip, tmp_path):
+    """As PEFT before 0.5 wrote it, with parameters among the tensors, and views of others."""
+    case = CASES[name]
+    _, base, directory = files(case, tmp_path)
+    weights = directory / "adapter_model.safetensors"
+    state = {key: value.to(dtype) for key, value in load_file(weights).items()}
+    stored = {key: value.T.contiguous().T if i % 2 else torch.nn.Parameter(value)
+              for i, (key, value) in enumerate(state.items())}  # fmt: skip
+    torch.save(stored, directory / "adapter_model.bin", _use_new_zipfile_serialization=is_zip)
+    weights.unlink()
+    model = PeftModel.from_pretrained(base_of(case), directory)
+    wanted = merged_weights(model)
+    for weight, value in flat(jlora.merge(jlora.peft.load(directory, nested(base)))).items():
+        np.testing.assert_allclose(value, wanted[weight], atol=2e-6, rtol=1e-5, err_msg=weight)
+
+
+def base_of(case):
+    torch.manual_seed(0)
+    return case.model()
 
 
 QUERY = {"r": 2, "target_modules": ["q_proj"]}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import time
 import tracemalloc
 
@@ -17,6 +18,7 @@ import jlora
 from jlora.peft import tensors as files
 from jlora.targets import patterns
 from tests.optim.support import noisy
+from tests.peft_files.pickles import FORMATS, state
 from tests.peft_files.trees import TABLE, flat, lora, nested, noise
 from tests.support import same_bits
 
@@ -503,10 +505,27 @@ def test_settings_of_any_length_are_not_read(adapter, monkeypatch):
     assert files.read_json.__defaults__ == (1000,)
 
 
-def test_a_pickle_is_not_read(adapter):
-    weights = adapter.directory / "adapter_model.safetensors"
-    weights.rename(adapter.directory / "adapter_model.bin")
-    adapter.refused("a pickle, which may run any code", FileNotFoundError)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_pickle_is_read_and_never_run(adapter, format):
+    (adapter.directory / "adapter_model.safetensors").unlink()
+    tensors, storages = state(adapter.tensors)
+    pickled = adapter.directory / "adapter_model.bin"
+    pickled.write_bytes(FORMATS[format](tensors, storages))
+    assert same_bits(adapter.load(), adapter.tree)
+    tensors["evil"] = Evil(adapter.directory / "evil")
+    pickled.write_bytes(FORMATS[format](tensors, storages))
+    told = adapter.refused(r"asks for '\w+\.mkdir', which may run any code; it was not run")
+    assert str(pickled) in told and not (adapter.directory / "evil").exists()
+
+
+class Evil:
+    """What a pickle runs when it is loaded: here, a folder that should never come to be."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
