@@ -90,7 +90,11 @@ def load(
       (3, 2)
     """
     adapter = read_any(directory, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
-    return place(adapter, params, names, sites, prefix, fan_in_fan_out)
+    try:
+        return place(adapter, params, names, sites, prefix, fan_in_fan_out)
+    except ValueError as error:
+        told = "" if str(directory) in str(error) else f" (the adapter in {directory})"
+        raise ValueError(f"{error}{told}") from None
 
 
 def resize_tables(

@@ -166,3 +166,32 @@ def test_an_adapter_with_added_tokens(name, tmp_path):
         assert found.keys() == before.keys()
         for weight, value in found.items():
             np.testing.assert_allclose(value, wanted[weight], atol=2e-6, rtol=1e-5, err_msg=weight)
+
+
+class Tabled(torch.nn.Module):
+    """A model whose table has a name that tells little, beside a linear layer with one that tells a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.patch_embed = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 6, bias=False)
+
+    def forward(self, ids):
+        return self.patch_embed(self.emb(ids))
+
+
+@pytest.mark.parametrize("targets", [["emb"], ["patch_embed"], ["emb", "patch_embed"]])
+def test_a_table_of_any_name_comes_back(targets, tmp_path):
+    """PEFT's file, loaded and saved again, is PEFT's file of the same function."""
+    case = Case(Tabled, {"r": 2, "target_modules": targets})
+    torch.manual_seed(0)
+    base = {name: x.detach().numpy().copy() for name, x in Tabled().state_dict().items()}
+    model = case.make()
+    model.save_pretrained(tmp_path / "theirs")
+    jlora.peft.save(tmp_path / "ours", jlora.peft.load(tmp_path / "theirs", nested(base)))
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Tabled(), tmp_path / "ours")
+    with torch.no_grad():
+        np.testing.assert_allclose(again(torch.arange(9)).numpy(), model(torch.arange(9)).numpy(), atol=1e-6)
+    wanted = merged_weights(model)
+    for name, value in flat(jlora.merge(jlora.peft.load(tmp_path / "ours", nested(base)))).items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-6)
