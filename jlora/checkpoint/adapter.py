@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jlora.checkpoint import backend, base
-from jlora.checkpoint.about import about, arrays, empty, filled, targets
+from jlora.checkpoint.about import about, array, arrays, check, empty, filled, targets
+from jlora.checkpoint.fit import check_fit, check_names, check_stored
 from jlora.checkpoint.processes import agreed
+from jlora.checkpoint.told import Told
 from jlora.nodes.checks import check_whole
 from jlora.nodes.node import AdaptedParam, is_node, is_unit
 from jlora.targets.paths import flatten
@@ -62,7 +62,15 @@ def contents(call: str, tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for path, node in nodes.items():
         check_whole(call, path, node)
     said = {"format": FORMAT, "nodes": {path: about(node) for path, node in nodes.items()}, "base": base.told(by_path)}
+    _check_loads(call, nodes, said["nodes"])
     return {path: arrays(node) for path, node in nodes.items()}, said
+
+
+def _check_loads(call: str, nodes: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuses what `load` would refuse, while the arrays are still there."""
+    told = Told(call, json.loads(json.dumps(said)), ("nodes",)).entries()
+    for path, node in nodes.items():
+        _hole(path, told[path], node, [type(node)])
 
 
 def _fault(directory: Any, overwrite: bool) -> str | None:
@@ -93,30 +101,41 @@ def load(
       ValueError: if the base is another (in its leaves, their shapes, or their values), or the files are damaged.
     """
     at = backend.path_of(directory)
-    told = describe(directory)
+    told = _read(at)
     paths, leaves, treedef = flatten(params, is_unit)
     if wrapped := [path for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]:
         raise TypeError(f"checkpoint.load: {wrapped[0]} is wrapped already; jlora.unwrap the tree first")
     by_path = dict(zip(paths, leaves, strict=True))
-    base.check(at, told["base"], by_path, check_base)
-    made = _nodes(at, told["nodes"], by_path, variants)
+    base.check(at, told.at("base").value, by_path, check_base)
+    made = _nodes(at, told.at("nodes"), by_path, variants)
     return treedef.unflatten([made.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)])
 
 
 def load_abstract(directory: str | Path, *, variants: Sequence[type[AdaptedParam]] = ()) -> dict[str, Any]:
     """A saved adapter without its base: its nodes, and the other leaves' shapes, by path."""
-    told = describe(directory)
-    bases = {path: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"])) for path, x in told["base"].items()}
-    return bases | _nodes(backend.path_of(directory), told["nodes"], bases, variants)
+    at = backend.path_of(directory)
+    told = _read(at)
+    bases = {path: array(x, base.OPTIONAL) for path, x in told.at("base").entries().items()}
+    return bases | _nodes(at, told.at("nodes"), bases, variants)
 
 
 def _nodes(
-    directory: Any, told: Mapping[str, Any], bases: Mapping[str, Any], variants: Sequence[type[AdaptedParam]]
+    directory: Any, told: Told, bases: Mapping[str, Any], variants: Sequence[type[AdaptedParam]]
 ) -> dict[str, Any]:
-    holes = {path: empty(path, node, variants) for path, node in told.items()}
-    asked = {path: targets(hole, bases[path], told[path]) for path, hole in holes.items()}
+    check_stored(directory, ADAPTER, told)
+    nodes = told.entries()
+    holes = {path: _hole(path, node, bases[path], variants) for path, node in nodes.items()}
+    asked = {path: targets(hole, bases[path], nodes[path]) for path, hole in holes.items()}
     values = backend.read_arrays(directory, ADAPTER, asked)
     return {path: filled(hole, bases[path], values[path]) for path, hole in holes.items()}
+
+
+def _hole(path: str, told: Told, base: Any, variants: Sequence[type[AdaptedParam]]) -> Any:
+    """A node without its arrays: one that stands beside the base."""
+    hole = empty(path, told, variants)
+    check_names(told, hole)
+    check_fit(told, hole, base.shape)
+    return hole
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -126,7 +145,11 @@ def describe(directory: str | Path) -> dict[str, Any]:
       FileNotFoundError: if there is no such checkpoint.
       ValueError: if it is damaged, or of another format.
     """
-    at = backend.path_of(directory)
+    return _read(backend.path_of(directory)).value
+
+
+def _read(at: Any) -> Told:
+    """What is said of an adapter, each entry of the kind that it should be."""
     if not backend.is_finished(at) or not (at / ABOUT).is_dir() or not (at / ADAPTER).is_dir():
         steps = sorted(int(x.name) for x in at.iterdir() if x.name.isdecimal()) if at.is_dir() else []
         hint = (
@@ -134,7 +157,13 @@ def describe(directory: str | Path) -> dict[str, Any]:
         )
         raise FileNotFoundError(f"{at} is no adapter that jlora.checkpoint.save has written{hint}")
     told = backend.read_json(at, ABOUT)
-    if not isinstance(told, dict) or told.get("format") != FORMAT:
-        found = told.get("format") if isinstance(told, dict) else None
-        raise ValueError(f"{at} has format {found}; this version of jlora reads {FORMAT}")
+    form = told.at("format")
+    if type(form.value) is not int or form.value != FORMAT:
+        raise form.refused(f"{FORMAT}, which this version of jlora reads")
+    parts = told.parts(("format", "nodes", "base"))
+    bases = base.read(parts["base"])
+    for path, node in parts["nodes"].entries().items():
+        check(node)
+        if path not in bases:
+            raise node.refused("no node, since base has no such path")
     return told

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.checkpoint.told import Told, parsed
+
 V1 = ("orbax.checkpoint.v1", "orbax.checkpoint.experimental.v1")
 _JSON = ("metadata", "data.json")  # the file of a JSON item: as is written here, and as Orbax V1 itself names it
 
@@ -113,7 +115,7 @@ def is_finished(directory: Any) -> bool:
     return directory.is_dir() and ocp.utils.is_checkpoint_finalized(directory)
 
 
-def read_json(directory: Any, name: str) -> Any:
+def read_json(directory: Any, name: str) -> Told:
     """A JSON item of a checkpoint.
 
     Raises:
@@ -122,10 +124,7 @@ def read_json(directory: Any, name: str) -> Any:
     """
     for file in _JSON:
         if (path := directory / name / file).exists():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}") from error
+            return parsed(path, path.read_bytes())
     raise FileNotFoundError(f"{directory / name} has no file {_JSON[0]}")
 
 
@@ -146,12 +145,32 @@ def read_arrays(directory: Any, name: str, targets: Any) -> Any:
     try:
         found = read(directory, name, asked)
     except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DamagedError(
-            f"the arrays in {directory / name} can't be read: files are missing or cut. Load another step, or move "
-            f"{directory} away ({reason})"
-        ) from error
+        raise _unreadable(directory, name, error) from error
     return jax.tree.map(_given, targets, found)
+
+
+def _unreadable(directory: Any, name: str, error: Exception) -> DamagedError:
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return DamagedError(
+        f"the arrays in {directory / name} can't be read: files are missing or cut. Load another step, or move "
+        f"{directory} away ({reason})"
+    )
+
+
+def read_shapes(directory: Any, name: str) -> dict[str, dict[str, tuple[tuple[int, ...], str]]]:
+    """The shapes of a tree of arrays of a checkpoint, and the names of their types; no array is read.
+
+    Raises:
+      DamagedError: if it can't be read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        found: Any = ocp.StandardCheckpointHandler().metadata(directory / name)
+        tree = {path: {**arrays} for path, arrays in found.tree.items()}
+        return jax.tree.map(lambda x: (tuple(x.shape), jnp.dtype(x.dtype).name), tree)
+    except Exception as error:
+        raise _unreadable(directory, name, error) from error
 
 
 def _asked(target: Any) -> Any:

@@ -6,6 +6,7 @@ import collections
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora.checkpoint.told import Told
 from jlora.interpret.places import entries, names
 from jlora.nodes.node import TrainableParam, is_node
 from jlora.nodes.qarray import codes, is_qarray
 
+OPTIONAL = ("quantised", "sample")  # entries that not each leaf has
 SAMPLES = 16  # elements of each leaf that tell one base from another
 
 
@@ -38,6 +41,17 @@ def told(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _quantised(x: Any) -> dict[str, str]:
     return {"quantised": str(x.qvalue.dtype if x.qtype != "nf4" else "nf4")} if is_qarray(x) else {}
+
+
+def read(told: Told) -> dict[str, Any]:
+    """What `told` has said, each entry of the kind that it should be."""
+    for leaf in told.entries().values():
+        parts = leaf.form(OPTIONAL)
+        if "quantised" in parts:
+            parts["quantised"].word()
+        if "sample" in parts and not re.fullmatch("[0-9a-f]{16}", parts["sample"].text()):
+            raise parts["sample"].refused("16 hexadecimal digits")
+    return told.value
 
 
 def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], values_too: bool) -> None:
@@ -68,7 +82,8 @@ def check(directory: Any, theirs: Mapping[str, Any], leaves: Mapping[str, Any], 
     arrays = {path: codes(x) for path, x in ours.items() if path in expected}
     known = {path: x for path, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
     found = sampled(known)
-    if differing := [path for path in known if found[path] != expected[path]]:
+    told = {path: (theirs[path]["dtype"], expected[path]) for path in known}
+    if differing := [path for path in known if (ours[path].dtype.name, found[path]) != told[path]]:
         raise ValueError(
             f"checkpoint.load: {differing[0]} has other values, or another type, than in the base that {directory} was "
             f"trained on ({len(differing)} of {len(known)} leaves differ); check_base=False takes it all the same. "

@@ -16,6 +16,7 @@ from jlora.checkpoint.adapter import ABOUT, ADAPTER
 from jlora.checkpoint.processes import agreed, gather
 from jlora.checkpoint.state import STATE, contents_of, restored
 from jlora.checkpoint.steps import RUN
+from jlora.checkpoint.told import unique
 from jlora.nodes.node import AdaptedParam
 
 
@@ -234,7 +235,7 @@ class Checkpoints:
           FileNotFoundError: if there is no such step.
         """
         self.wait()
-        return backend.read_json(self._at(self.latest if step is None else step), RUN)["extra"]
+        return steps.said(self._at(self.latest if step is None else step))["extra"].value
 
     def _at(self, step: int | None) -> Any:
         """The directory of a whole step."""
@@ -246,8 +247,8 @@ class Checkpoints:
     def _loaded(self, step: int | None, params: Any, state: Any, variants: Any, check_base: bool) -> Saved:
         at = self._at(step)
         tree = adapter.load(at, params, variants=variants, check_base=check_base)
-        told = backend.read_json(at, RUN)
-        return Saved(int(at.name), tree, restored(at, state, told["state"], tree), told["extra"])
+        told = steps.said(at)
+        return Saved(int(at.name), tree, restored(at, state, told["state"].value, tree), told["extra"].value)
 
     def __enter__(self) -> Self:
         return self
@@ -265,7 +266,7 @@ def _number(name: str, x: Any) -> float:
 
 def _check_json(extra: Any) -> None:
     try:
-        json.dumps(extra)
+        json.loads(json.dumps(extra), object_pairs_hook=unique)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"Checkpoints.save: extra must be JSON: {error}. Give numbers as int(x) or float(x), and arrays in state="

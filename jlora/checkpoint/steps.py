@@ -8,6 +8,7 @@ from typing import Any
 from jlora.checkpoint import adapter, backend
 from jlora.checkpoint.adapter import ABOUT, ADAPTER
 from jlora.checkpoint.state import STATE
+from jlora.checkpoint.told import Told
 
 RUN = "run"
 _OURS = {ADAPTER, ABOUT, STATE, RUN, "_CHECKPOINT_METADATA", "commit_success.txt", "orbax.checkpoint"}
@@ -20,10 +21,19 @@ def whole_steps(directory: Any) -> tuple[dict[int, dict[str, float]], list[str]]
     for path in _step_directories(directory):
         try:
             adapter.describe(path)
-            found[int(path.name)] = backend.read_json(path, RUN)["metrics"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            metrics = said(path)["metrics"].entries()
+            found[int(path.name)] = {name: float(x.number(is_finite=False)) for name, x in metrics.items()}
+        except (OSError, ValueError) as error:
             faults.append(f"{path} is no whole checkpoint: {error}")
     return found, faults
+
+
+def said(path: Any) -> dict[str, Told]:
+    """What is said of a step beside its adapter: its metrics, the extra and the state."""
+    parts = backend.read_json(path, RUN).parts(("metrics", "extra", "state"))
+    for x in parts["state"].entries().values():
+        x.form()
+    return parts
 
 
 def _step_directories(directory: Any) -> Iterator[Any]:

@@ -28,6 +28,7 @@ SPECS = {
     "start": jlora.LoraSpec(targets="a", rank=2, init="pissa", dropout=0.1),
     "full": jlora.LoraSpec(targets="a", rank=2, train=("head",), bias="lora_only", train_tokens={"table": [1, 4]}),
     "bias": jlora.LoraSpec(targets="a", rank=2, lora_bias=True),
+    "ia3 in": jlora.LoraSpec(targets="a", variant="ia3", options={"on": "in"}),
 }
 
 

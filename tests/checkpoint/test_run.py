@@ -342,6 +342,8 @@ def test_refusals(run, tmp_path):
         Checkpoints(tmp_path / "none").save(1, tree_of(), metrics={"loss": np.ones(2)})
     with pytest.raises(TypeError, match=r"extra must be JSON: .*int64.*int\(x\)"):
         Checkpoints(tmp_path / "none").save(1, tree_of(), extra={"row": np.int64(3)})
+    with pytest.raises(TypeError, match=r"extra must be JSON: .*key 1 twice"):
+        Checkpoints(tmp_path / "none").save(1, tree_of(), extra={1: "a", "1": "b"})
     with pytest.raises(FileNotFoundError, match="it is a run; load one of its steps"):
         jlora.checkpoint.load(run, PARAMS)
     for settings in ({"keep_last": 0}, {"keep_best": 1}, {"mode": "least"}):
