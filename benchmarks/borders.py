@@ -3,8 +3,8 @@
     python benchmarks/borders.py                     # all, in about half an hour
     python benchmarks/borders.py --count 300 --kills 20
 
-Prints one table. A mutated file counts as refused where the error names the file or the directory, as loaded where every
-number is finite and the base is as it was; anything else is a fault, and the exit code is 1.
+Prints one table. A mutated file counts as refused where the error names the file or the directory, as loaded where
+every number is finite and the base is as it was; anything else is a fault, and the exit code is 1.
 """
 
 from __future__ import annotations
