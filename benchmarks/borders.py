@@ -30,9 +30,11 @@ import safetensors.numpy
 import jlora
 from jlora import LoraSpec
 from jlora.peft.tensors import TensorFile, read_json
+from tests.checkpoint.support import APIS
 from tests.kills import WRITERS, kills
 from tests.peft_files.pickles import written
 from tests.peft_files.trees import flat, lora, nested
+from tests.processes import Job
 
 D, NAMES = 6, [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 STATE = {
@@ -60,6 +62,25 @@ def accepted() -> int:
                 pass
         total = sum(count for count, _ in told[name])
         row(f"settings of {name}", f"{good} of {total} are read", time.perf_counter() - start)
+    return 0
+
+
+def training(count: int, rng: random.Random) -> int:
+    """A training loop that is killed again and again, and goes on from its last whole step."""
+    start, last = time.perf_counter(), -1
+    numbers = lambda text, word: [
+        int(x.split()[1]) for x in text.splitlines(True) if x.startswith(word) and x[-1] == "\n"
+    ]
+    with tempfile.TemporaryDirectory() as home:
+        for _ in range(count):
+            with Job("tests.checkpoint.pod", "endless", home, APIS[0], devices=4) as job:
+                job.wait_for(f"saved {last + 2}\n")
+                time.sleep(rng.uniform(0, 0.3))
+                job.kill()
+                loaded, saved = (numbers(job.printed(), word) for word in ("loaded", "saved"))
+            assert last - 1 <= loaded[0] <= last + 1, (last, loaded)
+            last = saved[-1]
+    row("a training loop, killed", f"{count} times, goes on from its last whole step", time.perf_counter() - start)
     return 0
 
 
@@ -233,6 +254,7 @@ def main() -> int:
             f"{done - ended} times, the last whole state loads",
             time.perf_counter() - start,
         )
+    training(given.kills, rng)
     accepted()
     sizes()
     return 1 if mutations(given.count, rng) else 0

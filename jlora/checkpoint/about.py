@@ -10,7 +10,7 @@ import jax
 
 from jlora.checkpoint.told import Told
 from jlora.nodes import placement
-from jlora.nodes.axes import Axes
+from jlora.nodes.axes import Axes, of_use
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants import VARIANTS
@@ -27,16 +27,12 @@ def about(node: AdaptedParam) -> dict[str, Any]:
     return {
         "class": type(node).__name__,
         "arrays": {name: {"shape": list(x.shape), "dtype": x.dtype.name} for name, x in arrays(node).items()},
-        "settings": {name: _told(x) if isinstance(x, Axes) else x for name, x in static.items()},
+        "settings": {name: dataclasses.asdict(x) if isinstance(x, Axes) else x for name, x in static.items()},
     }
 
 
 def _static(cls: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-
-
-def _told(axes: Axes) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(axes).items() if value is not None}
 
 
 def arrays(node: AdaptedParam) -> dict[str, Any]:
@@ -94,7 +90,7 @@ def _axes(told: Told) -> Axes:
     lookup = parts.pop("lookup", None)
     if lookup is not None and not isinstance(lookup.value, bool | None):
         raise lookup.refused("true, false or null")
-    return Axes(**{name: x.wholes() for name, x in parts.items()}, lookup=lookup and lookup.value)
+    return of_use(Axes(**{name: x.wholes() for name, x in parts.items()}), lookup and lookup.value)
 
 
 def _layers(told: Told) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,6 @@ class Axes:
       in_axis: contracted with the activations (for an embedding table: looked up).
       out_axis: produced.
       batch_axis: stacked kernels, each with factors of its own: scanned layers, experts.
-      lookup: whether it is a table of which rows are looked up, where its name tells otherwise; None: as it tells.
 
     Example:
       >>> Axes((0,), (1, 2))  # a query kernel (features, heads, head_dim)
@@ -25,10 +25,27 @@ class Axes:
     in_axis: tuple[int, ...]
     out_axis: tuple[int, ...]
     batch_axis: tuple[int, ...] = ()
-    lookup: bool | None = dataclasses.field(default=None, repr=False)
+    lookup: ClassVar[bool | None] = None  # its name tells
 
     def __post_init__(self) -> None:
         for name in ("in_axis", "out_axis", "batch_axis"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(int(axis) for axis in value)
             object.__setattr__(self, name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class AxesOfUse(Axes):
+    """The axes of a matrix whose name tells another use of it than it has.
+
+    Args:
+      lookup: whether it is a table of which rows are looked up, or a linear layer's kernel.
+    """
+
+    lookup: bool = True  # type: ignore[misc]
+
+
+def of_use(axes: Axes, lookup: bool | None) -> Axes:
+    """The same axes with what is known of the use; None: its name tells it."""
+    groups = axes.in_axis, axes.out_axis, axes.batch_axis
+    return Axes(*groups) if lookup is None else AxesOfUse(*groups, lookup)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.nodes import placement
-from jlora.nodes.axes import Axes
+from jlora.nodes.axes import Axes, of_use
 from jlora.nodes.checks import check_made
 from jlora.nodes.kernel import Kernel, KernelSpec
 from jlora.nodes.node import AdaptedParam, TrainableParam
@@ -52,7 +52,7 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     axes = _axes(words, fixed, len(base.shape))
     told = layout.kind_of(pieces[0].name, path, words)
     if told != pieces[0].value.kind and EMBEDDING in (told, pieces[0].value.kind):
-        axes = dataclasses.replace(axes, lookup=told != EMBEDDING)
+        axes = of_use(axes, told != EMBEDDING)
     part = Part(words, pieces[0].slot.sizes(base.shape), pieces[0].slot.layout)
     scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
     rank = max(piece.value.rank for piece in pieces)

@@ -16,7 +16,7 @@ import numpy as np
 
 from jlora.factors.random import RANDOM
 from jlora.factors.spectral import SPECTRAL, spectral
-from jlora.nodes.axes import Axes
+from jlora.nodes.axes import Axes, AxesOfUse
 from jlora.nodes.checks import check_variant
 from jlora.nodes.node import AdaptedParam
 from jlora.targets.patterns import Pattern, matcher, text_of
@@ -142,9 +142,11 @@ def axes_of(pattern: str, value: Any) -> Axes:
     if isinstance(value, Axes):
         return value
     if isinstance(value, Mapping):
-        check_known(f"axes[{pattern!r}]", value, ["in_axis", "out_axis", "batch_axis"])
+        check_known(f"axes[{pattern!r}]", value, ["in_axis", "out_axis", "batch_axis", "lookup"])
+        expect(type(value.get("lookup", True)) is bool, f"axes[{pattern!r}]", "lookup, true or false", value)
     try:
-        return Axes(**value) if isinstance(value, Mapping) else Axes(*value)
+        made: Any = AxesOfUse if isinstance(value, Mapping) and "lookup" in value else Axes
+        return made(**value) if isinstance(value, Mapping) else made(*value)
     except TypeError:
         expected = "jlora.Axes, or its in_axis, out_axis and batch_axis"
         raise ValueError(f"LoraSpec: axes[{pattern!r}] must be {expected}, found {value!r}") from None
@@ -265,8 +267,7 @@ def plain_data(name: str, value: Any) -> Any:
     if isinstance(value, re.Pattern):
         return text_of(value)
     if isinstance(value, Axes):
-        told = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
-        return {k: v for k, v in told.items() if v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(value).items()}
     if isinstance(value, Mapping) and name != "targets":
         return {k: plain_data(name, v) for k, v in value.items()}
     if isinstance(value, tuple):

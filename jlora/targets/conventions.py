@@ -6,13 +6,12 @@ of Flax's attention (query, key, value, out) and of its convolutions are certain
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from jlora.interpret.sites import LINEAR, Site
-from jlora.nodes.axes import Axes
+from jlora.nodes.axes import Axes, of_use
 from jlora.targets.paths import module_of
 from jlora.targets.patterns import matcher
 
@@ -96,7 +95,7 @@ def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
         )
     is_looked_up = site.kind == "embedding"
     is_told = len(leaf.shape) != 2 or is_table(path) == is_looked_up
-    return (site.axes if is_told else dataclasses.replace(site.axes, lookup=is_looked_up)), site.kind
+    return (site.axes if is_told else of_use(site.axes, is_looked_up)), site.kind
 
 
 def _by_convention(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Axes | None:

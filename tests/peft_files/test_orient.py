@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import jlora
+from jlora.nodes.axes import of_use
 from tests.peft_files.trees import assert_same, flat, lora, merged, nested, noise
 
 D, F, V = 6, 10, 14
@@ -213,7 +214,7 @@ def test_what_a_file_has_as_a_table_is_written_as_one(module, kind, tmp_path):
     """Whatever it is called; and what is none is not."""
     state = {f"{module}.weight": noise(V, D)}
     lookup = kind == "table"
-    axes = jlora.Axes(0, 1, lookup=lookup) if lookup else OUT_IN
+    axes = of_use(IN_OUT, True) if lookup else OUT_IN
     expected = saved(tmp_path / "first", state, {f"{module}.weight": axes})
     loaded = jlora.peft.load(tmp_path / "first", nested(state))
     assert_same(merged(loaded), expected, 1e-6)
