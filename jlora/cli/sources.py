@@ -60,7 +60,7 @@ def adapter_of(
             for name, slots in slots_of(shapes, None).items()
         }
         adapter = dotted("convert", adapter, known)
-    return Collected(adapter, known, {})
+    return Collected(adapter, known, {}, is_all_known=base is not None or "target_modules" in adapter.config)
 
 
 def check_foreign(path: Path, kind: str, collected: Collected, base: Path | None) -> None:

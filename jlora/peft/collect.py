@@ -40,12 +40,14 @@ class Collected:
       known: all of the tree's modules and parameters by PyTorch's names; True where it is a kernel.
       frozen: the values of parameters that lie in a module beside one that trains.
       siblings: the sizes (in, out) of kernels without an update that servers fuse with one that has.
+      is_all_known: whether `known` has the whole model, and not the adapter's modules alone.
     """
 
     adapter: Adapter
     known: Mapping[str, bool]
     frozen: Mapping[str, np.ndarray]
     siblings: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    is_all_known: bool = True
 
 
 def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:

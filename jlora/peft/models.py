@@ -145,7 +145,9 @@ def files_of(directory: str | Path) -> dict[str, TensorFile]:
     if not (directory / INDEX).is_file():
         if not (directory / SINGLE).is_file():
             pickled = "; its pickle pytorch_model.bin is not read" if (directory / "pytorch_model.bin").exists() else ""
-            raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{pickled}")
+            others = [path.name for path in sorted(directory.glob("*.safetensors"))][:3]
+            hint = f"; it has {', '.join(others)}: give the file's own path" if others else ""
+            raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{pickled}{hint}")
         return {SINGLE: TensorFile(directory / SINGLE)}
     weights = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(x, str) and _SHARD.fullmatch(x) for x in weights.values()):

@@ -338,7 +338,8 @@ def _refuse_several(wanted: Mapping[str, None], heads: Sequence[str]) -> NoRetur
     shown = [repr(head.removesuffix(".")) for head in heads]
     raise ValueError(
         f"peft.load: the adapter's {next(iter(wanted))} is not a name of the tree, but is one below "
-        f"{' and below '.join(shown[:4])}{' and more' if shown[4:] else ''}. Say which is meant: prefix={shown[0]}"
+        f"{' and below '.join(shown[:4])}{' and more' if shown[4:] else ''}. Say which of them is meant: "
+        f"{' or '.join(f'prefix={head}' for head in shown[:4])}"
     )
 
 

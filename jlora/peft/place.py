@@ -232,8 +232,15 @@ def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
         if (is_whole or is_table or is_adapted or (is_bias and beside)) and name not in done:
             raise ValueError(
                 f"peft.load: the adapter's settings name {theirs}, but its file has nothing of it: it is not "
-                "whole, or the tree is of a model with more layers"
+                f"whole, or the tree is of a model with more layers{_part_hint(adapter, name)}"
             )
+
+
+def _part_hint(adapter: Adapter, missing: str) -> str:
+    """What to try where an adapter is of one part of the tree, and what it lacks is of another."""
+    heads = {name.partition(".")[0] for name in _named(adapter)}
+    is_other = len(heads) == 1 and not missing.startswith(f"{next(iter(heads))}.")
+    return f"; if it is of a part of the model alone, prefix={next(iter(heads))!r} says so" if is_other else ""
 
 
 def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:

@@ -40,7 +40,7 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
     with locked(directory, shared=True):
         has_weights = (directory / WEIGHTS).is_file()
         file = TensorFile(directory / WEIGHTS) if has_weights else PickledFile(directory / PICKLE)
-        settings = beside(file)
+        settings = beside(file, allow_edited)
     config = _config(directory / CONFIG, settings)
     check_types(file, file)
     adapter = _adapter(file, config)
@@ -66,7 +66,6 @@ def _check_edited(file: TensorFile, adapter: Adapter) -> None:
     saved = _adapter(file, _config(file.path, own))
     pairs = {f"the scale of {name}": (saved.updates[name].scale, x.scale) for name, x in adapter.updates.items()}
     pairs |= {f"the rows of {name}": (saved.tokens[name][0], ids) for name, (ids, _) in adapter.tokens.items()}
-    pairs |= {"lora_dropout": (saved.dropout, adapter.dropout)}
     for name, (then, now) in pairs.items():
         if then != now:
             raise ValueError(
@@ -117,7 +116,8 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
     whole = of_role("full")
     full = {name: array for name, array in whole.items() if _is_trained(name, whole, config)}
     copies = {name: array for name, array in whole.items() if name not in full}
-    tokens = {name: _rows(file, name, rows, config) for name, rows in of_role("tokens").items()}
+    rows = of_role("tokens")
+    tokens = {name: _rows(file, name, x, config) for name, x in rows.items() if not _is_tied_copy(name, rows, config)}
     saved, originals = (of_role(role) for role in ECHOES)
     copies |= _echoes(file, saved, originals, full, config)
     names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
@@ -214,6 +214,12 @@ def _experts(file: TensorFile, roles: dict[str, Roles], config: Config) -> dict[
 def nesting(leaf: str) -> tuple[bool, str]:
     """The order in which PEFT wraps the parameters of stacked experts: as Transformers' modules declare them."""
     return "down" in leaf or "w2" in leaf, leaf
+
+
+def _is_tied_copy(name: str, rows: Mapping[str, np.ndarray], config: Config) -> bool:
+    """Whether trained rows of a head are those of the table that it shares: then PEFT writes them twice."""
+    others = [x for other, x in rows.items() if other != name]
+    return name == HEAD and not config.tokens(HEAD) and any(np.array_equal(x, rows[name]) for x in others)
 
 
 def _rows(file: TensorFile, name: str, rows: np.ndarray, config: Config) -> tuple[tuple[int, ...], np.ndarray]:

@@ -35,12 +35,15 @@ def of_save(file: TensorFile) -> dict[str, Any] | None:
     return None if text is None else parsed(f"{file.path}, {_OWN!r} of its header", text)
 
 
-def beside(file: TensorFile) -> dict[str, Any]:
+def beside(file: TensorFile, allow_edited: bool = False) -> dict[str, Any]:
     """The settings that belong to weights: those in the file beside, or where a save was cut off those in the header.
+
+    It was cut off where the file beside is the one that lay there before, and older than the weights.
 
     Raises:
       ValueError: if the file beside is no JSON that can be trusted.
     """
     path, own = file.path.parent / CONFIG, of_save(file)
-    is_cut_off = own is not None and file.metadata.get(_BEFORE) == _digest(path)
-    return own if own is not None and is_cut_off else read_json(path)
+    is_before = file.metadata.get(_BEFORE) == _digest(path) and not allow_edited
+    is_older = path.stat().st_mtime_ns <= file.path.stat().st_mtime_ns
+    return own if own is not None and is_before and is_older else read_json(path)

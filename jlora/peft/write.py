@@ -30,6 +30,8 @@ def write(directory: Path, collected: Collected, base_model: str | None = None) 
     """
     adapter, frozen = _with_head(collected.adapter, collected.known), dict(collected.frozen)
     settings = _settings(adapter, collected.known, frozen, base_model)
+    if not collected.is_all_known:  # of the model: a short name might be another module's too
+        settings["target_modules"] = sorted(n for n, update in adapter.updates.items() if update.kind != EXPERTS)
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
     tensors = dict(_tensors(adapter, saved))
     infos = {name: TensorInfo(x.shape, x.dtype) for name, x in sorted(tensors.items())}
@@ -161,17 +163,21 @@ def named(wanted: Iterable[str], known: Iterable[str], least: int = 1) -> list[s
       ['attn.out.dense', 'mlp.dense', 'q_proj']
     """
     wanted, found = {*wanted}, set()
-    others = {*known} - wanted
+    ends = _ends_of(known, wanted)
     forms: dict[str, set[str]] = collections.defaultdict(set)
     for name in wanted:
         forms[name.rpartition(".")[2]].add(within(name))
     for name in wanted:
         last = ".".join(name.split(".")[-least:])
-        ends = [last] if len(forms[name.rpartition(".")[2]]) == 1 else []
-        ends += [within(name), name]
-        ends_other = lambda end: any(f".{other}".endswith(f".{end}") for other in others)
-        found.add(next((end for end in ends if not ends_other(end)), name))
+        shorter = [last] if len(forms[name.rpartition(".")[2]]) == 1 else []
+        found.add(next((end for end in [*shorter, within(name)] if end not in ends), name))
     return sorted(found)
+
+
+def _ends_of(known: Iterable[str], wanted: set[str]) -> set[str]:
+    """All ends of the names of other modules, and of the modules that hold any."""
+    names = {".".join(parts[:n]) for name in known for parts in [name.split(".")] for n in range(1, len(parts) + 1)}
+    return {".".join(parts[n:]) for name in names - wanted for parts in [name.split(".")] for n in range(len(parts))}
 
 
 def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

@@ -184,7 +184,8 @@ class LoraSpec:
         Args:
           config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
             are ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``, and ``load_in_4bit``: the base
-            of a ``qlora`` is quantised on its own, by `jlora.quant.quantize`, before `jlora.wrap`.
+            of a ``qlora`` is quantised on its own, by `jlora.quant.quantize`, before `jlora.wrap`. With
+            ``freeze_mm_modules`` the towers of other modalities and their projectors are left out (``exclude``).
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured.
@@ -206,7 +207,9 @@ class LoraSpec:
         Args:
           config: the whole configuration, such as ``yaml.safe_load`` returns, flat or with a ``peft_config`` as v1 has
             it; what is not the adapter's is ignored. So is ``loraplus_lr_ratio``, which `jlora.optimizer` takes as
-            ``b_lr_ratio``.
+            ``b_lr_ratio``. Of a model of several modalities ``freeze_vision_tower`` and
+            ``freeze_multi_modal_projector`` are true by default, and ``freeze_language_model`` false: what they freeze
+            is left out (``exclude``), where a model has it. ``lora_target: all`` never names the projector.
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or

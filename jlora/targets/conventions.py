@@ -74,7 +74,8 @@ def kernel_axes(
         raise ValueError(
             f"wrap: the axes of {path} of shape {tuple(leaf.shape)} are ambiguous: name and shape do not tell which "
             "are in, out or stacked. Trace the function, jlora.wrap(params, spec, sites=jlora.sites(fn, params, "
-            f"*args)), or say it: LoraSpec(axes={{{path!r}: jlora.Axes(in_axis=..., out_axis=..., batch_axis=...)}})"
+            f"*args)), or say it: LoraSpec(axes={{{path!r}: jlora.Axes(in_axis=..., out_axis=..., batch_axis=...)}}). "
+            f"Where it is no kernel to adapt, as a convolution may be, exclude=[{path!r}]"
         )
     return axes, kind
 

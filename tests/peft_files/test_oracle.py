@@ -126,6 +126,7 @@ GROWN = {
     "adapted table": (False, {"r": 2, "target_modules": ["q_proj", "embed_tokens"]}, True),
     "adapted tables": (False, {"r": 2, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}, True),
     "adapted head": (False, {"r": 2, "target_modules": ["q_proj", "lm_head"]}, True),
+    "tokens and tables, tied": (True, QUERY | {"trainable_token_indices": [50, 51, 52]}, True),
     "tokens and tables": (False, QUERY | {"trainable_token_indices": [50, 51, 52]}, True),
 }
 

@@ -136,3 +136,12 @@ def test_the_place_does_not_change_with_the_hash_seed(tmp_path):
         [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
     )
     assert len({run(seed).stdout for seed in "012"}) == 1
+
+
+def test_an_adapter_of_one_tower_alone_is_told_the_way(tmp_path):
+    """Its settings name modules of the other tower too, of which its file has nothing."""
+    files = saved(tmp_path / "a", model("q_proj", head="vision_model."), ["q_proj"])
+    with pytest.raises(ValueError, match=r"if it is of a part of the model alone, prefix='vision_model' says so"):
+        jlora.peft.load(files, TOWERS)
+    tree = jlora.peft.load(files, TOWERS, prefix="vision_model")
+    assert adapted(tree) == ["vision_model/layers/0/q_proj/weight"]

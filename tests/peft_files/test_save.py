@@ -157,3 +157,12 @@ def test_factors_lie_as_the_base_lies(settings, tmp_path):
     if "variant" in settings:
         assert node.magnitude.sharding.spec[0] == "model" and node.norm2.sharding.spec[0] == "model"
     np.testing.assert_array_equal(node.base, STATE["layers.1.attn.q_proj.weight"])
+
+
+def test_a_target_is_no_end_of_a_module_that_holds_others(tmp_path):
+    """A number is one, where layers lie in lists: PEFT would take the list's first block."""
+    state = {f"blocks.{i}.attn.{name}.weight": noise(4, 4) for i in range(2) for name in ("to_q", "to_out.0")}
+    tree = nested({name: lora(x) if "to_out" in name else x for name, x in state.items()})
+    jlora.peft.save(tmp_path, tree)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["attn.to_out.0"]
+    assert_same(merged(jlora.peft.load(tmp_path, nested(state))), merged(tree))

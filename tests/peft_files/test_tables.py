@@ -183,3 +183,17 @@ def test_the_loss_of_a_resized_model_runs(tmp_path):
     tree = jlora.peft.load(tmp_path, jlora.peft.resize_tables(nested(BASE), tmp_path))
     look_up = lambda p: jnp.take(p["model"]["embed_tokens"]["weight"], jnp.array([OLD, NEW - 1]), axis=0).sum()
     assert np.isclose(jlora.apply(look_up)(tree), STATE[f"{TABLE}.weight"][[OLD, NEW - 1]].sum(), atol=1e-5)
+
+
+def test_trained_rows_of_a_tied_table_may_be_there_twice(tmp_path):
+    """As PEFT writes them where it saves the tables besides; of the head the settings name none."""
+    rows = noise(2, D)
+    twice = {f"{name}.token_adapter.trainable_tokens_delta": rows for name in (TABLE, HEAD)}
+    twice |= {f"{name}.token_adapter.base_layer.weight": STATE[f"{TABLE}.weight"] for name in (TABLE, HEAD)}
+    saved(tmp_path, twice, trainable_token_indices={"embed_tokens": [1, 3]})
+    found = merged(jlora.peft.load(tmp_path, nested(TIED)))[f"{TABLE}.weight"]
+    np.testing.assert_allclose(found[[1, 3]], rows, atol=1e-6)
+    twice[f"{HEAD}.token_adapter.trainable_tokens_delta"] = rows + 1
+    saved(tmp_path, twice, trainable_token_indices={"embed_tokens": [1, 3]})
+    with pytest.raises(ValueError, match="for the trained rows of lm_head, but trainable_token_indices names"):
+        jlora.peft.load(tmp_path, nested(TIED))
