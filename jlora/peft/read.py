@@ -219,7 +219,8 @@ def nesting(leaf: str) -> tuple[bool, str]:
 def _is_tied_copy(name: str, rows: Mapping[str, np.ndarray], config: Config) -> bool:
     """Whether trained rows of a head are those of the table that it shares: then PEFT writes them twice."""
     others = [x for other, x in rows.items() if other != name]
-    return name == HEAD and not config.tokens(HEAD) and any(np.array_equal(x, rows[name]) for x in others)
+    is_named = config.has_tables and bool(config.tokens(HEAD))
+    return name == HEAD and not is_named and any(np.array_equal(x, rows[name]) for x in others)
 
 
 def _rows(file: TensorFile, name: str, rows: np.ndarray, config: Config) -> tuple[tuple[int, ...], np.ndarray]:
