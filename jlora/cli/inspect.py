@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """Prints the tables."""
     try:
-        collected = adapter_of(given.directory, checked_names(given.names), allow_nonfinite=True)
+        collected = adapter_of(given.directory, checked_names(given.names), True, allow_edited=True)
     except ValueError:
         if given.names is not None or not is_orbax(given.directory):
             raise

@@ -39,6 +39,7 @@ def adapter_of(
     allow_nonfinite: bool = False,
     component: str | None = None,
     base: Path | None = None,
+    allow_edited: bool = False,
 ) -> Collected:
     """An adapter under PyTorch's names.
 
@@ -48,10 +49,11 @@ def adapter_of(
       allow_nonfinite: take NaN and infinite values as they are.
       component: which of the adapters in a file of an image model's.
       base: the model's safetensors, for the names that another tool's file does not tell.
+      allow_edited: take settings that are not those of the save of the weights.
     """
     if is_orbax(path):
         return collect(checkpoint.load_abstract(path), names)
-    adapter = read_any(path, component=component, allow_nonfinite=allow_nonfinite)
+    adapter = read_any(path, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
     known = dict.fromkeys(adapter.updates, True) | {name: name.endswith(".weight") for name in adapter.full}
     if base is not None:
         shapes = {name: info.shape for file in files_of(base).values() for name, info in file.infos.items()}

@@ -90,8 +90,13 @@ class Config:
         return bool(self.data.get("fan_in_fan_out"))
 
     def at(self, name: str) -> LoraSpec:
-        """The settings of a module, by ``rank_pattern`` and ``alpha_pattern``."""
-        return self.spec.at(_leaf(name))
+        """The settings of a module, by ``rank_pattern`` and ``alpha_pattern``.
+
+        Of a weight that ``target_parameters`` names the patterns are for its own name, not for its module's.
+        """
+        weight = f"{name}.weight"
+        is_parameter = any(f".{weight}".endswith(f".{target}") for target in self.parameters)
+        return self.spec.at(_leaf(weight if is_parameter else name))
 
     def is_target(self, name: str) -> bool:
         """Whether a module, or a parameter, is one that the settings name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jlora.peft.maps import resolved
 from jlora.peft.names import HEAD, TABLES, Entry, Shift, Slot, leaf_shapes, shift, slots_of
 from jlora.peft.orient import Orientation
 from jlora.peft.stack import Piece
-from jlora.peft.tables import left_behind, other_tables, told
+from jlora.peft.tables import is_copy, other_tables, told, with_twins
 from jlora.peft.tables import resized as resized_table
 from jlora.targets.paths import flatten
 from jlora.targets.patterns import nearest
@@ -44,6 +45,7 @@ def place(
     for table in other_tables(fit.adapter, fit.slots, fit.shapes):
         raise ValueError(told(table, fit.shapes[table.slot.path]))
     _check_complete(fit.adapter, fit.slots, fit.moved)
+    _check_rows(fit)
     said = _said(fan_in_fan_out, fit.adapter)
     tree = Tree(fit.leaves, fit.axes, fit.adapter, Orientation(fit.adapter, fit.slots, fit.shapes, said))
     nodes = _nodes(tree, fit.slots)
@@ -93,12 +95,7 @@ def resize(adapter: Adapter, params: Any, names: str | Sequence[Entry] | None = 
     """The tree with the adapter's vocabulary; arguments and errors as of `jlora.peft.resize_tables`."""
     fit = _fitted("peft.resize_tables", adapter, params, names, None, prefix)
     leaves, found = dict(fit.leaves), list(other_tables(fit.adapter, fit.slots, fit.shapes))
-    for name in left_behind(found, fit.slots, fit.shapes):
-        raise ValueError(
-            f"peft.resize_tables: the adapter has {found[0].rows} rows of {found[0].name}, but no values of {name}, "
-            "which has as many: resize the model as it was before the adapter was trained, with the same values"
-        )
-    for table in found:
+    for table in with_twins(found, fit.slots, fit.leaves):
         leaves[table.slot.path] = resized_table(leaves[table.slot.path], table)
     return fit.treedef.unflatten(list(leaves.values()))
 
@@ -205,9 +202,21 @@ def _check_names(adapter: Adapter, slots: Slots, has_map: bool) -> None:
             else "Either it is of another model, or it has other names than PyTorch's: give names=..., a list of pairs "
             'such as ("model.layers.{i}.self_attn.q_proj", "layers_{i}/attn/query/kernel"), or one of jlora.peft.NAMES'
         )
+        layers = _layers_there(missing[0], slots)
         raise ValueError(
-            f"peft.load: the adapter has {missing[0]}{others}, which the tree does not have. Nearest: {shown}. {hint}"
+            f"peft.load: the adapter has {missing[0]}{others}, which the tree does not have. {layers}Nearest: {shown}. "
+            f"{hint}"
         )
+
+
+def _layers_there(name: str, slots: Slots) -> str:
+    """The layers that a tree has of such a module, where it has such in others."""
+    for number in re.finditer(r"(?<=\.)\d+(?=\.)", name):
+        head, tail = name[: number.start()], name[number.end() :]
+        middles = [other[len(head) : -len(tail)] for other in slots if other.startswith(head) and other.endswith(tail)]
+        if there := sorted(int(middle) for middle in middles if middle.isdecimal()):
+            return f"Its {head}N{tail} are those of N = {there[0]} to {there[-1]}. "
+    return ""
 
 
 def _check_complete(adapter: Adapter, slots: Slots, moved: Shift) -> None:
@@ -241,6 +250,19 @@ def _part_hint(adapter: Adapter, missing: str) -> str:
     heads = {name.partition(".")[0] for name in _named(adapter)}
     is_other = len(heads) == 1 and not missing.startswith(f"{next(iter(heads))}.")
     return f"; if it is of a part of the model alone, prefix={next(iter(heads))!r} says so" if is_other else ""
+
+
+def _check_rows(fit: _Fit) -> None:
+    """Refuses trained rows of a table whose copy is the head: in PEFT they are the head's too, if it is tied."""
+    tables = [name for name in fit.adapter.tokens if name.rpartition(".")[2] in TABLES]
+    if HEAD in fit.slots and HEAD not in _named(fit.adapter) and tables:
+        table, head = ((name, fit.slots[name][0]) for name in (tables[0], HEAD))
+        if is_copy(table, head, fit.leaves):
+            raise ValueError(
+                f"peft.load: the adapter trains rows of {tables[0]}, of which the tree's {HEAD} is a copy: in a "
+                f"model whose head is its table PEFT trains them for both. Leave {HEAD} out of the tree; then one leaf "
+                "is both"
+            )
 
 
 def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.nodes.qarray import is_qarray
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import of_leaf
 from jlora.peft.layout import is_embedding
@@ -81,14 +82,40 @@ def _axis(name: str, slot: Slot) -> int:
     return 1 if leaf_of(slot) == "kernel" else 0
 
 
-def left_behind(found: Sequence[Table], slots: Slots, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Heads and tables of the same vocabulary of which the adapter has nothing."""
-    rows_of = lambda name, slot: slot.sizes(shapes[slot.path])[_axis(name, slot)]
+def with_twins(found: Sequence[Table], slots: Slots, leaves: Mapping[str, Any]) -> Iterator[Table]:
+    """The tables, and heads and tables of the same vocabulary that are copies of one of them in the tree.
+
+    Raises:
+      ValueError: if there is one more of that vocabulary, of which the adapter has nothing.
+    """
+    yield from found
+    rows_of = lambda name, slot: slot.sizes(leaves[slot.path].shape)[_axis(name, slot)]
     before = {rows_of(table.name, table.slot) for table in found}
     for name, places in slots.items():
-        is_one = last_of(name) in (HEAD, *TABLES) and len(places[0].sizes(shapes[places[0].path])) == 2
-        if is_one and name not in {table.name for table in found} and rows_of(name, places[0]) in before:
-            yield name
+        is_one = last_of(name) in (HEAD, *TABLES) and len(places[0].sizes(leaves[places[0].path].shape)) == 2
+        if not is_one or name in {table.name for table in found} or rows_of(name, places[0]) not in before:
+            continue
+        twin = next(
+            (t for t in found if t.whole is not None and is_copy((t.name, t.slot), (name, places[0]), leaves)), None
+        )
+        if twin is None:
+            raise ValueError(
+                f"peft.resize_tables: the adapter has {found[0].rows} rows of {found[0].name}, but no values of "
+                f"{name}, which has as many: resize the model as it was before the adapter was trained, with the same "
+                "values"
+            )
+        yield twin._replace(name=name, slot=places[0], axis=_axis(name, places[0]))
+
+
+def is_copy(one: tuple[str, Slot], other: tuple[str, Slot], leaves: Mapping[str, Any]) -> bool:
+    """Whether two tables of a tree have the same rows: the name and the place of each."""
+    pair = [leaves[slot.path] for _, slot in (one, other)]
+    if any(isinstance(x, jax.ShapeDtypeStruct) or is_qarray(x) or len(x.shape) != 2 for x in pair):
+        return False
+    first, second = (
+        np.asarray(x) if _axis(*at) == 0 else np.asarray(x).T for x, at in zip(pair, (one, other), strict=True)
+    )
+    return np.array_equal(first, second)
 
 
 def told(table: Table, shape: Sequence[int]) -> str:

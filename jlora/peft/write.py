@@ -138,8 +138,8 @@ def _settings(
         "trainable_token_indices": {name: list(ids) for name, (ids, _) in adapter.tokens.items()} or None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": pattern(ranks, rank),
-        "alpha_pattern": pattern(alphas, alpha),
+        "rank_pattern": _with_routers(pattern(ranks, rank)),
+        "alpha_pattern": _with_routers(pattern(alphas, alpha)),
         "ensure_weight_tying": tied is not None and tied in adapter.updates,
     }
 
@@ -188,6 +188,12 @@ def pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
             groups[value].append(name)
     exact = lambda end: f"^{end}" if end in values and _is_end_of_others(end, values) else end
     return {exact(end): value for value, names in groups.items() for end in named(names, values)}
+
+
+def _with_routers(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for the weights of routers, which are no linear layers in Transformers 5: there PEFT has parameters."""
+    routers = {name: value for name, value in values.items() if name.rpartition(".")[2] in ("gate", "router")}
+    return values | {f"{name}.weight": value for name, value in routers.items()}
 
 
 def _is_end_of_others(name: str, names: Iterable[str]) -> bool:

@@ -72,6 +72,8 @@ def test_a_layers_number_never_changes(layer, tmp_path):
     for head in ("", "model."):
         with pytest.raises(ValueError, match=rf"layers\.{layer}\.self_attn\.q_proj"):
             jlora.peft.load(files, model("self_attn.q_proj", layers=range(3), head=head))
+    with pytest.raises(ValueError, match=r"Its layers\.N\.self_attn\.q_proj are those of N = 0 to 2\."):
+        jlora.peft.load(files, model("self_attn.q_proj", layers=range(3)))
     (path,) = adapted(jlora.peft.load(files, model("self_attn.q_proj", layers=range(6), head="model.")))
     assert path == f"model/layers/{layer}/self_attn/q_proj/weight"
 

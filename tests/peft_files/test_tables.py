@@ -197,3 +197,26 @@ def test_trained_rows_of_a_tied_table_may_be_there_twice(tmp_path):
     saved(tmp_path, twice, trainable_token_indices={"embed_tokens": [1, 3]})
     with pytest.raises(ValueError, match="for the trained rows of lm_head, but trainable_token_indices names"):
         jlora.peft.load(tmp_path, nested(TIED))
+
+
+def test_trained_rows_of_a_table_whose_copy_is_the_head(tmp_path):
+    """In PEFT they are the head's too: the tree must have the two as one."""
+    saved(tmp_path, {f"{TABLE}.token_adapter.trainable_tokens_delta": noise(1, D)}, trainable_token_indices=[2])
+    copied = STATE | {f"{HEAD}.weight": STATE[f"{TABLE}.weight"].copy()}
+    for tree in (nested(copied), flax(copied)):
+        with pytest.raises(ValueError, match="of which the tree's lm_head is a copy"):
+            jlora.peft.load(tmp_path, tree)
+    for state in (STATE, TIED):
+        jlora.peft.load(tmp_path, nested(state))
+
+
+def test_a_head_that_is_a_copy_of_the_table_grows_with_it(tmp_path):
+    """As the head that is asked for where an adapter changes a tied table alone."""
+    saved(tmp_path, {f"{TABLE}.weight": STATE[f"{TABLE}.weight"]})
+    table = STATE[f"{TABLE}.weight"]
+    copied = {**BASE, f"{HEAD}.weight": table[:OLD].copy()}
+    for layout in LAYOUTS.values():
+        found = jlora.peft.resize_tables(layout(copied), tmp_path)
+        assert_same(flat(found), flat(layout(STATE | {f"{HEAD}.weight": table})), 0)
+    with pytest.raises(ValueError, match="no values of lm_head, which has as many"):
+        jlora.peft.resize_tables(nested(BASE), tmp_path)

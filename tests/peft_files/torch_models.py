@@ -125,6 +125,11 @@ CASES = {
     ),
     "experts-one": Case(mixtral, {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
     "router": Case(mixtral, {"r": 2, "target_modules": ["o_proj"], "target_parameters": ["gate.weight"]}),
+    "router-patterns": Case(
+        mixtral,
+        {"r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "gate.weight"],
+         "rank_pattern": {"gate": 3, "q_proj": 4, "gate.weight": 5}, "alpha_pattern": {"gate.weight": 3}},
+    ),
     "bert": Case(bert, {"r": 2, "target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
     "bias-all": Case(bert, {"r": 2, "target_modules": ["query", "value"], "bias": "all", "task_type": "SEQ_CLS"}),
     "bias-lora-only": Case(bert, {"r": 2, "target_modules": ["query", "dense"], "bias": "lora_only"}),
