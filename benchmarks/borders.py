@@ -44,7 +44,7 @@ STATE = {
 
 
 def row(what: str, found: str, seconds: float) -> None:
-    print(f"{what:46} {found:48} {seconds:7.1f} s", flush=True)
+    print(f"{what:50} {found:44} {seconds:7.1f} s", flush=True)
 
 
 def accepted() -> int:

@@ -64,8 +64,9 @@ def _check_edited(file: TensorFile, adapter: Adapter) -> None:
     if own is None or own == adapter.config:
         return
     saved = _adapter(file, _config(file.path, own))
-    pairs = {f"the scale of {name}": (saved.updates[name].scale, x.scale) for name, x in adapter.updates.items()}
-    pairs |= {f"the rows of {name}": (saved.tokens[name][0], ids) for name, (ids, _) in adapter.tokens.items()}
+    scale_of = lambda name: getattr(saved.updates.get(name), "scale", None)
+    pairs: dict[str, Any] = {f"the scale of {n}": (scale_of(n), x.scale) for n, x in adapter.updates.items()}
+    pairs |= {f"the rows of {n}": (saved.tokens.get(n, (None,))[0], ids) for n, (ids, _) in adapter.tokens.items()}
     for name, (then, now) in pairs.items():
         if then != now:
             raise ValueError(

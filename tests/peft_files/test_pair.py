@@ -132,6 +132,16 @@ def test_a_mark_that_is_none_is_refused(two, text):
         jlora.peft.load(first, nested(STATE))
 
 
+def test_a_mark_of_other_modules_is_refused(two):
+    """Settings that make other names of the same tensors: of experts, say."""
+    first, *_ = two
+    arrays = safetensors.numpy.load_file(first / WEIGHTS)
+    own = json.loads((first / CONFIG).read_text()) | {"target_parameters": ["layers.0.q_proj.gate_up_proj"]}
+    safetensors.numpy.save_file(arrays, first / WEIGHTS, {"jlora.settings": json.dumps(own), "format": "pt"})
+    with pytest.raises(ValueError, match=WEIGHTS):
+        jlora.peft.load(first, nested(STATE))
+
+
 def test_a_reader_beside_two_writers_meets_whole_adapters(two):
     """Of which each has a scale of its own; no file is left over."""
     first, _, *trees = two
