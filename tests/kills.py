@@ -177,7 +177,9 @@ class MergeOver(Merge):
     def check(self) -> None:
         """The old model, the new one, or for a moment neither: then the same command goes on."""
         if self.out.exists():
-            flat(peft.from_safetensors(self.out))
+            found, old = flat(peft.from_safetensors(self.out)), weights(7)
+            if not all(np.array_equal(found[name], x) for name, x in old.items()):
+                self.check_whole()
 
 
 class Model:
@@ -195,7 +197,10 @@ class Model:
     again = write
 
     def check(self) -> None:
-        pass  # shards are replaced one by one: the index, which is last, says which belong together
+        """The old model or the new one, whole."""
+        found = flat(peft.from_safetensors(self.at))
+        same = lambda state: all(np.array_equal(found[name], x) for name, x in state.items())
+        assert same(weights(1)) or same(self.new), "parts of two models"
 
     def check_end(self) -> None:
         found = flat(peft.from_safetensors(self.at))
@@ -204,6 +209,27 @@ class Model:
             "model.safetensors.index.json",
             *(f"model-{i:05}-of-00002.safetensors" for i in (1, 2)),
         }
+
+
+class SameModel(Model):
+    """The same over a model of shards of the same names: one by one they are replaced, and none is a whole."""
+
+    def __init__(self, home: Path) -> None:
+        self.at, self.new = home / "model", weights(2)
+
+    def write(self) -> None:
+        peft.to_safetensors(nested(self.new), self.at, shard_bytes=130)
+
+    again = write
+
+    def check(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            super().check()
+
+    def check_end(self) -> None:
+        found = flat(peft.from_safetensors(self.at))
+        assert all(np.array_equal(found[name], x) for name, x in self.new.items()), "not the new model"
+        assert len(files(self.at)) == 4, files(self.at)
 
 
 class Delete:
@@ -245,12 +271,14 @@ WRITERS = {
     "merge": Merge,
     "merge-over": MergeOver,
     "model": Model,
+    "same-model": SameModel,
     "delete": Delete,
 }
 LASTS = {
     "save": 0.025,
     "first-save": 0.025,
     "model": 0.03,
+    "same-model": 0.03,
     "merge": 0.8,
     "merge-over": 0.8,
     "delete": 0.02,

@@ -14,6 +14,7 @@ from tests.processes import ROOT
         "save",
         "first-save",
         "model",
+        "same-model",
         "delete",
         *(pytest.param(x, marks=pytest.mark.slow) for x in ("merge", "merge-over")),
     ],

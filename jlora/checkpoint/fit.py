@@ -67,7 +67,7 @@ def check_fit(told: Told, node: Any, shape: Sequence[int]) -> None:
     more = tuple(shape)[: len(shape) - len(kernel)]
     leads, known = {more} if more else set(), {}
     for dims, x in _arrays(told, node):
-        lead, own = _split(told, x, beside, dims)
+        lead, own = _split(x, beside, dims)
         leads.add(lead)
         known = own_sizes(beside, dims, own) | known
         expected = sizes_of(beside, dims, known)
@@ -124,7 +124,7 @@ def _arrays(told: Told, node: Any) -> Iterator[tuple[str, Told]]:
         yield from ((words, there[name]) for words, name in pairs if words and name in there)
 
 
-def _split(told: Told, x: Told, node: Any, dims: str) -> tuple[tuple[int, ...], jax.ShapeDtypeStruct]:
+def _split(x: Told, node: Any, dims: str) -> tuple[tuple[int, ...], jax.ShapeDtypeStruct]:
     """The sizes of an array's axes before its own, and the array without them."""
     size = lambda word: len(getattr(node.axes, f"{word}_axis")) if word in GROUPS else 1
     count, shape = sum(map(size, dims.split())), array(x).shape

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 
 from jlora.peft.adapter import Adapter
+from jlora.peft.names import beginning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ def dotted(call: str, adapter: Adapter, known: Iterable[str], prefix: str | None
     """
     if not isinstance(adapter, FlatAdapter):
         return adapter
-    ours = f"{prefix.strip('./').replace('/', '.')}." if prefix and prefix.strip("./") else ""
+    ours = beginning(prefix)
     modules = [name for name in known if not name.endswith(".bias")]
     by_flat: dict[str, list[str]] = collections.defaultdict(list)
     for name in modules:

@@ -50,7 +50,8 @@ def to_safetensors(
 
     Args:
       tree: parameters, plain or wrapped.
-      directory: for the files; each appears whole or not at all, the index last.
+      directory: for the files; each appears whole or not at all, the index last. Over shards of the same names the
+        index goes first: killed in between there is no model, and not parts of two.
       names: from PyTorch's names to the tree's, as of `jlora.peft.load`.
       sites: what `jlora.sites` found, for plain kernels of many axes, of which neither map nor node tells the parts.
       dtype: of the floating weights; None keeps each leaf's.
@@ -104,6 +105,8 @@ def write_model(
         _remove(directory, {SINGLE})
         return
     named = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if any((directory / file).exists() for file in named):  # killed in between there is no model, not parts of two
+        (directory / INDEX).unlink(missing_ok=True)
     for file, shard in zip(named, shards, strict=True):
         write_tensors(directory / file, {name: infos[name] for name in shard}, get, {"format": "pt"})
     total = sum(info.nbytes for info in infos.values())

@@ -321,9 +321,15 @@ def _heads(names: Iterable[str]) -> list[str]:
     )
 
 
+def beginning(prefix: str | None) -> str:
+    """A given prefix as the beginning of dotted names, with the dot behind it; empty where there is none."""
+    name = (prefix or "").strip("./").replace("/", ".")
+    return f"{name}." if name else ""
+
+
 def _told(wanted: Mapping[str, None], known: set[str], prefix: str) -> Shift:
     """The move to a given beginning: nothing goes off, or a wrapper, or else what the adapter's names begin with."""
-    ours = f"{prefix.strip('./').replace('/', '.')}." if prefix.strip("./") else ""
+    ours = beginning(prefix)
     if not any(name.startswith(ours) for name in known):
         shown = ", ".join(dict.fromkeys(name.partition(".")[0] for name in sorted(known)))
         raise ValueError(f"peft.load: prefix={prefix!r} begins no name of the tree; they begin with {shown}")
