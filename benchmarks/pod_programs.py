@@ -33,7 +33,8 @@ import jlora
 from benchmarks import hlo
 from jlora.examples.smollm2 import SmolLM2, next_token_losses
 
-RANK = 24  # no other axis of these programs has this size: an array with it is a factor's, or made of one
+RANK = 24
+RANKS = {RANK, 2 * RANK, 3 * RANK}  # of one kernel, of gate and up, of q, k and v: no other axis has these sizes
 LLAMA = {"vocab": 128_256, "kv_heads": 8, "dtype": jnp.bfloat16, "remat": True}
 MODELS = {
     "small": SmolLM2(width=512, heads=8, hidden=1_536, layers=3, **LLAMA | {"vocab": 2_048}),
@@ -216,7 +217,7 @@ def measured(lowered: Any, options: dict[str, Any], sizes_of_kernels: set[int]) 
 
 def of_rank(found: list[hlo.Collective]) -> list[hlo.Collective]:
     """The collectives of arrays with an axis of the rank: factors, their gradients, and what passes between them."""
-    kept = [dataclasses.replace(c, arrays=tuple(a for a in c.arrays if RANK in a.shape)) for c in found]
+    kept = [dataclasses.replace(c, arrays=tuple(a for a in c.arrays if RANKS & {*a.shape})) for c in found]
     return [collective for collective in kept if collective.arrays]
 
 
@@ -228,7 +229,7 @@ def extra_moves(one: dict[str, Any]) -> Counter[tuple[str, int]]:
     step, base = Counter(), Counter()
     for counts, program in ((step, "step"), (base, "floor")):
         for kind, dims, times in one[program]["moves"]:
-            counts[kind, math.prod(dims)] += times * (RANK not in dims)
+            counts[kind, math.prod(dims)] += times * (not RANKS & {*dims})
     return step - base
 
 

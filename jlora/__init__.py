@@ -8,11 +8,12 @@ from jlora import checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.convert import fold_and_restart, to_plain_lora
 from jlora.nodes.axes import Axes
+from jlora.nodes.fold import MergePrecisionWarning
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
 from jlora.report import explain, sites, summary
 from jlora.spec import LoraSpec
-from jlora.tree import MergePrecisionWarning, combine, labels, merge, partition, unwrap
+from jlora.tree import combine, labels, merge, partition, unwrap
 from jlora.variants.lora import LoraParam
 from jlora.wrap import wrap
 

@@ -182,12 +182,14 @@ def _frozen(arguments: tuple[Any, Any], leaves: list[Any]) -> list[Any]:
 def _stopped(leaf: Any) -> Any:
     if not is_node(leaf):
         return jax.tree.map(_stop, leaf)
+    if not any(map(is_traced, jax.tree.leaves(leaf))):
+        return leaf
     fields = [f.name for f in leaf_fields(leaf) if not f.metadata.get("trained")]
     return dataclasses.replace(leaf, **{name: jax.tree.map(_stop, getattr(leaf, name)) for name in fields})
 
 
 def _stop(leaf: Any) -> Any:
-    is_float = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    is_float = is_traced(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)  # known numbers have no gradient
     return lax.stop_gradient(leaf) if is_float else leaf
 
 

@@ -65,7 +65,7 @@ def plain(where: str, path: str, node: Any) -> LoraParam:
             f"{where}: {path} is a {type(node).__name__}, which is no low-rank update of its base; jlora.merge "
             "gives the kernel itself"
         )
-    a, b = weight.factors
+    a, b = weight.laid_out().factors
     axes = node.axes
     lora_a = _taken(a, (*axes.batch_axis, *axes.in_axis), node)
     lora_b = jnp.moveaxis(_taken(b, (*axes.batch_axis, *axes.out_axis), node), -1, len(axes.batch_axis))

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jlora.interpret.compat import is_traced
-from jlora.interpret.factored import Factored
 from jlora.nodes import qarray
 from jlora.nodes.checks import check_fit, check_whole
 from jlora.nodes.fields import leaf_fields
+from jlora.nodes.fold import folded
 from jlora.nodes.node import is_node, is_unit
 from jlora.targets.paths import flatten
 
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
-class MergePrecisionWarning(UserWarning):
-    """The merged kernel's type does not hold the adapter: rounding took most of it, or sums became infinite."""
-
-
-def merge(tree: Any, *, dtype: Any = None) -> Any:
+def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
     """Folds the adapters into their kernels and returns a plain tree.
 
-    ``W + scale * A @ B`` is added in float32 and rounded once.
+    ``W + scale * A @ B`` is added in float32 and rounded once, in one program for all kernels that are alike.
 
     Args:
       tree: a wrapped tree.
       dtype: of the merged kernels, and of quantised leaves, which become dense; None keeps each base's, and leaves
         what is quantised and not adapted as it is.
+      donate: whether the bases' buffers become those of the merged kernels, so that no second copy of the model is
+        made; the bases of `tree` are deleted then. Kernels that change their type, and arrays that stand in the tree
+        more than once, are copied. Under jit it changes nothing: `jax.jit` has `donate_argnums`.
 
     Returns:
       The tree that was wrapped, with the kernels merged; leaves trained in full have their trained values.
@@ -60,7 +58,10 @@ def merge(tree: Any, *, dtype: Any = None) -> Any:
             "quantised bases jlora.quant.requantize(tree) merges"
         )
     paths, leaves, treedef = flatten(_wrapped("merge", tree), is_unit)
-    return treedef.unflatten([_merged(leaf, path, dtype) for path, leaf in zip(paths, leaves, strict=True)])
+    counts = collections.Counter(map(id, jax.tree.leaves(tree)))
+    is_own = lambda leaf: donate and is_node(leaf) and counts[id(leaf.base)] == 1
+    pairs = zip(paths, leaves, strict=True)
+    return treedef.unflatten([_merged(leaf, path, dtype, is_own(leaf)) for path, leaf in pairs])
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -70,63 +71,29 @@ def _is_floating(dtype: Any) -> bool:
         return False
 
 
-def _merged(leaf: Any, path: str, dtype: Any) -> Any:
+def _merged(leaf: Any, path: str, dtype: Any, donate: bool) -> Any:
     if not is_node(leaf) and (dtype is None or not qarray.is_qarray(leaf)):
         return leaf
     if is_node(leaf):
         check_fit("merge", path, leaf)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
-        merged = jax.eval_shape(lambda node: _merged(node, path, dtype), leaf)
+        merged = jax.eval_shape(lambda node: _merged(node, path, dtype, False), leaf)
         place = getattr(qarray.codes(leaf.base if is_node(leaf) else leaf), "sharding", None)
         return jax.ShapeDtypeStruct(merged.shape, merged.dtype, sharding=place)
     if qarray.is_qarray(leaf):
         return qarray.dense(leaf, dtype)
-    if qarray.is_qarray(leaf.base):
-        leaf = dataclasses.replace(leaf, base=_dense_base(path, leaf, dtype))
-    value = leaf.effective(path, None)
-    if not isinstance(value, Factored):
-        return value
-    merged = value.dense(dtype)
-    _check_precision(path, value, merged)
-    return merged
+    if dtype is None and qarray.is_qarray(leaf.base):
+        raise _no_type(path, leaf)
+    return folded(path, leaf, dtype, donate)
 
 
-def _dense_base(path: str, node: Any, dtype: Any) -> Any:
-    if dtype is None:
-        raise ValueError(
-            f"merge: the base of {path} is quantised, to {qarray.nbits(node.base) / math.prod(node.shape):.1f} bits a "
-            "weight, too few for a small update: rounding would take most of it. Give the type of a dense result, as "
-            "in jlora.merge(tree, dtype=jnp.bfloat16), or quantise the sum again and see what is lost, by "
-            "jlora.quant.requantize(tree)"
-        )
-    return qarray.dense(node.base, jnp.float32)
-
-
-def _check_precision(path: str, value: Factored, merged: Any) -> None:
-    if is_traced(merged) or jnp.finfo(merged.dtype).bits >= 32:
-        return
-    base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
-    if count := int(jnp.sum(jnp.isinf(merged) & jnp.isfinite(exact))):
-        largest = float(jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0)))
-        warnings.warn(
-            f"merge: {count} weights of {path} are infinite in {merged.dtype.name}: the largest is {largest:.4g}, and "
-            f"that type ends at {float(jnp.finfo(merged.dtype).max):.4g}; merge(tree, dtype=jnp.bfloat16) or float32 "
-            "holds it",
-            MergePrecisionWarning,
-            stacklevel=4,
-        )
-        return
-    rounded = value.base.astype(merged.dtype).astype(jnp.float32)
-    delta = jnp.linalg.norm((exact - base).ravel())
-    lost = jnp.linalg.norm((merged.astype(jnp.float32) - rounded - (exact - base)).ravel())
-    if lost > delta / 2:
-        part = min(float(lost / delta), 1)
-        warnings.warn(
-            f"merge: rounding {path} to {merged.dtype.name} loses {part:.0%} of its adapter (the update "
-            "is below the type's resolution); merge(tree, dtype=jnp.float32) keeps it",
-            MergePrecisionWarning,
-            stacklevel=4,
-        )
+def _no_type(path: str, node: Any) -> ValueError:
+    return ValueError(
+        f"merge: the base of {path} is quantised, to {qarray.nbits(node.base) / math.prod(node.shape):.1f} bits a "
+        "weight, too few for a small update: rounding would take most of it. Give the type of a dense result, as "
+        "in jlora.merge(tree, dtype=jnp.bfloat16), or quantise the sum again and see what is lost, by "
+        "jlora.quant.requantize(tree)"
+    )
 
 
 def unwrap(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -81,10 +82,17 @@ def same_bits(x: Any, y: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() and a.dtype == b.dtype for a, b in pairs)
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inside in jaxprs_in_params(eqn.params):
+            yield from equations(inside)
+
+
 def has_loop(jaxpr: Any) -> bool:
     """Whether there is a loop at any depth: compiled as one even in eager JAX, so that XLA may round otherwise."""
-    inside = (sub for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
-    return any(eqn.primitive.name in ("scan", "while") for eqn in jaxpr.eqns) or any(map(has_loop, inside))
+    return any(eqn.primitive.name in ("scan", "while") for eqn in equations(jaxpr))
 
 
 def evaluated(fn: Any, *args: Any) -> Any:

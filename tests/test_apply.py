@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
-from tests.support import error, evaluated, randomised, same_bits
+from tests.support import equations, error, evaluated, randomised, same_bits
 
 RNG = np.random.default_rng(0)
 SPEC = jlora.LoraSpec(targets=lambda path, leaf: leaf.ndim == 2, rank=2)
@@ -713,7 +713,7 @@ def test_each_operand_keeps_its_precision():
     kernel, activations = lax.Precision.HIGHEST, lax.Precision.DEFAULT
     fn = lambda p, x: lax.dot_general(p["w"], x, (((0,), (0,)), ((), ())), precision=(kernel, activations))
     jaxpr = jax.make_jaxpr(jlora.apply(fn))(WRAPPED, noise(6, 7))
-    dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    dots = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
     assert len(dots) == 3
     for eqn in dots:
         sides = [activations if 7 in operand.aval.shape else kernel for operand in eqn.invars]

@@ -1,5 +1,7 @@
 """Functions of a wrapped tree: merge, unwrap, partition and combine, labels; trees in other hands."""
 
+import dataclasses
+import logging
 import warnings
 from typing import Any
 
@@ -13,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 import jlora
 from jlora import Axes, LoraParam, LoraSpec, MergePrecisionWarning, TrainableParam
-from tests.support import same_bits
+from tests.support import randomised, same_bits
 
 
 def normal(*shape: int, dtype: Any = jnp.float32, std: float = 1.0) -> jax.Array:
@@ -389,3 +391,54 @@ def test_one_half_is_refused_by_every_view(half):
     for use in (jlora.summary, lambda t: jlora.apply(fn)(t, jnp.ones((3, 6))), lambda t: jlora.explain(fn, t, 0)):
         with pytest.raises(ValueError, match=r"kernel lacks some of its arrays.*jlora\.combine"):
             use(part)
+
+
+# Merging in one program.
+
+
+def many(count, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    params = {f"layer_{i}": {"kernel": jnp.asarray(rng.normal(size=(64, 32)), dtype)} for i in range(count)}
+    return randomised(jlora.wrap(params, LoraSpec(rank=4)))
+
+
+def test_kernels_that_are_alike_are_merged_by_one_program():
+    """Which checks the precision too: a tree of many kernels compiles nothing that one of few does not."""
+    jax.clear_caches()
+    jlora.merge(many(1))
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr(logging.Logger, "handle", lambda _, record: compiled.append(record.getMessage()))
+        tree = many(5)
+        compiled.clear()
+        jlora.merge(tree)
+    assert not [message for message in compiled if "Compiling" in message]
+
+
+def test_the_merged_kernels_take_the_bases_buffers_where_they_are_given():
+    tree = many(3)
+    expected = jlora.merge(tree)
+    places = [tree[name]["kernel"].base.unsafe_buffer_pointer() for name in tree]
+    merged = jlora.merge(tree, donate=True)
+    assert same_bits(merged, expected)
+    assert [merged[name]["kernel"].unsafe_buffer_pointer() for name in tree] == places
+    assert all(tree[name]["kernel"].base.is_deleted() for name in tree)
+    assert not any(tree[name]["kernel"].lora_a.is_deleted() for name in tree)
+
+
+def test_what_stands_twice_or_changes_its_type_is_not_given_away():
+    tree = many(2)
+    tied = tree | {
+        "layer_1": {"kernel": dataclasses.replace(tree["layer_1"]["kernel"], base=tree["layer_0"]["kernel"].base)}
+    }
+    expected = jlora.merge(tied)
+    assert same_bits(jlora.merge(tied, donate=True), expected)
+    assert not tied["layer_0"]["kernel"].base.is_deleted()
+    wider = jlora.merge(tree, dtype=jnp.float32, donate=True)
+    assert wider["layer_1"]["kernel"].dtype == jnp.float32 and not tree["layer_1"]["kernel"].base.is_deleted()
+
+
+def test_a_leaf_trained_in_full_is_itself():
+    params = {"kernel": jnp.ones((4, 3)), "head": jnp.ones(3)}
+    tree = jlora.wrap(params, LoraSpec(rank=2, train=("head",)))
+    assert jlora.merge(tree, donate=True)["head"] is tree["head"].base

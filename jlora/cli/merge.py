@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.cli.sources import check_out, is_orbax
+from jlora.nodes.fold import MergePrecisionWarning
 from jlora.nodes.node import is_node
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import onto
@@ -34,7 +35,7 @@ from jlora.peft.place import place
 from jlora.peft.read import PICKLE, read
 from jlora.peft.settings import CONFIG, WEIGHTS
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
-from jlora.tree import MergePrecisionWarning, merge
+from jlora.tree import merge
 
 MARK = "jlora-merge.json"
 OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")

@@ -1,26 +1,27 @@
 """Rules of the primitives that consume a weight: products, lookups, convolutions.
 
-Each leaves the base's own equation as the function wrote it and adds the low-rank path: two small products. All of them
-end in `factored_product`, the one place that decides how the path is computed.
+Each leaves the base's own equation as the function wrote it and adds the low-rank path: two small products, the second
+of which policies of `jax.checkpoint` do not see.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret import compat
+from jlora.interpret.bilinear import bilinear
 from jlora.interpret.ends import Ends
-from jlora.interpret.factored import Factored, Tracked, product, scaled_by, whole
+from jlora.interpret.factored import Factored, Tracked, product, whole
+from jlora.interpret.gain import scaled_by
+from jlora.interpret.groups import dot_of, middle_of, precision_of, preferred_of
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.lookup import Lookup
-from jlora.interpret.manual import varying
-from jlora.interpret.products import Labels, cast, computing, contract, placed_as, scaled, swapped
+from jlora.interpret.lowrank import Contraction, dropped, sums_of, tapped
+from jlora.interpret.products import cast, computing, is_meshed, placed_as, scaled
 from jlora.interpret.quantised import array_of, bound
 
 
@@ -32,105 +33,22 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if isinstance(lhs, Tracked) and isinstance(rhs, Tracked):
         lhs = interpreter.densify(lhs, eqn, "both operands of the product are adapted: this one is computed densely")
     is_left = isinstance(lhs, Factored)
-    weight: Any = lhs if is_left else rhs
-    shapes = [value.ndim if isinstance(value, Tracked) else jnp.ndim(value) for value in (lhs, rhs)]
-    ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *shapes)
-    x: Any = rhs if is_left else lhs
-    xs, ws = (rs, ls) if is_left else (ls, rs)
-    ends = Ends.of(weight, ws, xs, out)
-    if ends is None:
+    weight, x = (lhs, rhs) if is_left else (rhs, lhs)
+    dot = dot_of(eqn, weight, is_left, x) if isinstance(weight, Factored) else None
+    if dot is None:
         return DECLINED
-    dtype = computing(x.dtype, weight.base.dtype)
-    given, x = x, ends.before(x, dtype)
-    aside = interpreter.aside(eqn.invars[is_left], x) if weight.pair and x is given else x  # before the base's product
+    given, x = x, dot.ends.before(x, computing(x.dtype, weight.base.dtype))
+    aside = interpreter.frame.copy(eqn.invars[is_left], x) if dot.path and x is given else x
     y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
-    interpreter.factored(weight, eqn, "dot")
-    if weight.pair:
-        precision = _precision(eqn, dtype)
-        settings = {"precision": swapped(precision) if is_left else precision}
-        z = factored_product(cast(aside, dtype), xs, weight, ws, out, preferred=_preferred(eqn), **settings)
-        y = _added(y, cast(z, y.dtype))
-    return ends.after(y)
-
-
-def _preferred(eqn: Any) -> Any:
-    """The type that an equation's own sums have, if that is one to compute in."""
-    given = eqn.params["preferred_element_type"]
-    return None if given is None else computing(given)
-
-
-def _precision(eqn: Any, dtype: Any) -> Any:
-    """The precision of an equation, for products of this type; an algorithm for other types is none for them."""
-    given = eqn.params["precision"]
-    is_same = all(atom.aval.dtype == dtype for atom in eqn.invars[:2])
-    return given if is_same or isinstance(given, (tuple, lax.Precision)) else None
+    h, group = middle_of(interpreter, eqn, is_left, aside, dot) if dot.path else (None, ())
+    interpreter.factored(weight, eqn, "dot", group)
+    return dot.ends.after(_added(y, dot.path.result(h, y.dtype)) if dot.path else y)
 
 
 def _added(y: Any, z: Any) -> Any:
     if y.shape != z.shape:
         return y + z
     return lax.add(y, placed_as(z, y))
-
-
-def dot_labels(numbers: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[Labels, Labels, Labels]:
-    """Einsum labels of a dot_general's operands and of its result."""
-    (lhs_over, rhs_over), (lhs_batch, rhs_batch) = numbers
-    lhs: list[Any] = [("l", i) for i in range(lhs_ndim)]
-    rhs: list[Any] = [("r", i) for i in range(rhs_ndim)]
-    for i, j in zip((*lhs_over, *lhs_batch), (*rhs_over, *rhs_batch), strict=True):
-        rhs[j] = lhs[i]
-    out = [lhs[i] for i in lhs_batch]
-    out += [label for i, label in enumerate(lhs) if i not in (*lhs_over, *lhs_batch)]
-    out += [label for j, label in enumerate(rhs) if j not in (*rhs_over, *rhs_batch)]
-    return tuple(lhs), tuple(rhs), tuple(out)
-
-
-def factored_product(
-    x: Any, xs: Labels, weight: Factored, ws: Labels, out: Labels, precision: Any, preferred: Any
-) -> Any:
-    """s (x . a) . b, or s (x . b) . a where b has the contracted axes: broadcastable to the result's shape.
-
-    Computed in the dtype of x; the scale is put on the small middle tensor.
-    """
-    dtype = x.dtype
-    over = {label for label in ws if label not in out}
-    pair: Any = weight.pair
-    first, second = sorted(pair, key=lambda f: -_extent(weight, f, ws, over))
-    ones, twos = (tuple(ws[axis] for axis in weight.owned(f)) for f in (first, second))
-    x = dropped(x, weight)
-    middle = tuple(label for label in (*xs, *ones) if label in twos or label in out)
-    middle = (*dict.fromkeys(middle), "rank")
-    h = contract(x, xs, cast(whole(weight, first), dtype), (*ones, "rank"), middle, precision=precision,
-                 preferred=_sums(dtype, preferred))  # fmt: skip
-    h = cast(scaled(tapped(h, weight), weight.scale), dtype := _sums(dtype, dtype))
-    made = tuple(label for label in out if label in middle or label in twos)
-    z = contract(h, middle, cast(whole(weight, second), dtype), (*twos, "rank"), made, precision=precision,
-                 preferred=preferred)  # fmt: skip
-    return z if made == out else lax.expand_dims(z, [axis for axis, label in enumerate(out) if label not in made])
-
-
-def _sums(dtype: Any, preferred: Any) -> Any:
-    """The type of the middle tensor: float16 ends where the input times a, which is no result, may go on."""
-    return jnp.float32 if dtype == jnp.float16 else preferred
-
-
-def _extent(weight: Factored, factor: Any, ws: Labels, over: set[Any]) -> int:
-    return math.prod(weight.base.shape[axis] for axis in weight.owned(factor) if ws[axis] in over)
-
-
-def dropped(x: Any, weight: Factored) -> Any:
-    """x with dropout, where it is on: each element is kept with probability 1 - rate and scaled up."""
-    if weight.key is None or not weight.dropout:
-        return x
-    key = weight.key
-    for name in sorted(varying(x)):  # each shard draws for its own part of x
-        key = jax.random.fold_in(key, lax.axis_index(name))
-    keep = jax.random.bernoulli(key, 1 - weight.dropout, x.shape)
-    return jnp.where(keep, x / (1 - weight.dropout), jnp.zeros_like(x))
-
-
-def tapped(h: Any, weight: Factored) -> Any:
-    return h if weight.tap is None else weight.tap(h)
 
 
 def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any:
@@ -212,7 +130,7 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
     y = bound(eqn, [x, weight.base])
     interpreter.factored(weight, eqn, "conv")
     if weight.pair:
-        y = y + _conv_low_rank(eqn, x, weight, features, places[features]).astype(y.dtype)
+        y = y + _conv_low_rank(eqn, x, weight, features, places[features], y.dtype)
     return ends.after(y)
 
 
@@ -222,16 +140,19 @@ def _is_conv_pair(weight: Factored, features: int) -> bool:
     return set(weight.owned(a)) == others and set(weight.owned(b)) <= {features}
 
 
-def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int) -> Any:
+def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int, result: Any) -> Any:
     dtype = computing(x.dtype, weight.base.dtype)
-    a, b = (cast(factor, dtype) for factor in weight.pair)  # type: ignore[union-attr]
-    settings = {"precision": _precision(eqn, dtype), "preferred": _preferred(eqn)}
-    inner = settings | {"preferred": _sums(dtype, settings["preferred"])}
-    h = _bind(eqn, [dropped(cast(x, dtype), weight), _rank_at(a, features)], **inner)
-    h, b = (cast(v, _sums(dtype, dtype)) for v in (scaled(tapped(h, weight), weight.scale), b))
+    a, b = weight.pair  # type: ignore[misc]
+    settings = {"precision": precision_of(eqn, dtype), "preferred": preferred_of(eqn)}
+    inner = settings | {"preferred": sums_of(dtype, settings["preferred"])}
+    h = _bind(eqn, [dropped(cast(x, dtype), weight), _rank_at(cast(a, dtype), features)], **inner)
+    h, b = cast(tapped(h, weight), sums_of(dtype, dtype)), b.reshape(-1, b.shape[-1])
     labels = tuple(range(h.ndim))
     out = tuple("out" if label == axis else label for label in labels)
-    return contract(h, labels, b.reshape(-1, b.shape[-1]), ("out", axis), out, **settings)
+    form = Contraction(
+        labels, ("out", axis), out, h.dtype, result, scale=weight.scale, flat=not is_meshed(x), **settings
+    )
+    return bilinear(form, h, b)
 
 
 def _bind(eqn: Any, values: Sequence[Any], *, precision: Any, preferred: Any) -> Any:
@@ -271,7 +192,7 @@ def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_si
 def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes: Any) -> Any:
     """A product of rows with a factor whose rank takes the place of `axis`; all groups may share it."""
     factor = cast(_rank_at(factor, axis), rows.dtype)
-    settings = {"precision": _precision(eqn, rows.dtype), "preferred": _preferred(eqn)}
+    settings = {"precision": precision_of(eqn, rows.dtype), "preferred": preferred_of(eqn)}
     if factor.shape[group] == group_sizes.shape[0]:
         return _bind(eqn, [rows, factor, group_sizes], **settings)
     order = [group, *eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]]

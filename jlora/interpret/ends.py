@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jlora.interpret.factored import Factored, scaled_by, turned, whole
+from jlora.interpret.factored import Factored, turned, whole
+from jlora.interpret.gain import scaled_by
 from jlora.interpret.products import Labels, cast, computing
 
 
@@ -23,6 +24,8 @@ class Ends:
     @classmethod
     def of(cls, weight: Factored, ws: Labels, xs: Labels, out: Labels) -> Ends | None:
         """None if one of them can act at neither end."""
+        if weight.roles in ((), ("a", "b")):
+            return cls(weight, ws, xs, out, False, False)
         names = lambda factor: {ws[axis] for axis in weight.owned(factor)}
         gain = names(weight.gain) if weight.gain is not None else set()
         turn = set().union(*(names(rows) for rows, _ in weight.turns))
@@ -47,7 +50,7 @@ class Ends:
         return self._scaled(x, self.xs) if self.gain_on_x else x
 
     def after(self, y: Any) -> Any:
-        y = y if self.gain_on_x else self._scaled(y, self.out)
+        y = y if self.gain_on_x else self._scaled(y, self.out, self.weight.keeps_result)
         if self.turn_on_x or not self.weight.turns:
             return y
         given = y.dtype
@@ -56,12 +59,12 @@ class Ends:
             y = self._turned(y, self.out, rows, stride, transpose=True)
         return cast(y, given)
 
-    def _scaled(self, x: Any, xs: Labels) -> Any:
+    def _scaled(self, x: Any, xs: Labels, keeps_result: bool = False) -> Any:
         gain = self.weight.gain
         if gain is None:
             return x
         labels = tuple(self.ws[axis] for axis in self.weight.owned(gain))
-        return scaled_by(x, xs, whole(self.weight, gain)[..., 0], labels)
+        return scaled_by(x, xs, whole(self.weight, gain)[..., 0], labels, keeps_result)
 
     def _turned(self, x: Any, xs: Labels, rows: Any, stride: int, transpose: bool = False) -> Any:
         labels = tuple(self.ws[axis] for axis in self.weight.owned(rows))

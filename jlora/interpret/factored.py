@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, transposed, uncut, wide
+from jlora.interpret.laid import laid_out
+from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, uncut, wide
 from jlora.interpret.quantised import array_of
 
 
@@ -33,6 +34,10 @@ class Tracked:
 
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)
+
+    def laid_out(self) -> Self:
+        """The same with factors that are arrays, for rules that look at them."""
+        return self.replace(factors=tuple(map(laid_out, self.factors)))
 
     def view(self, base: Any, change: Callable[[Any], Any]) -> Self:
         return self.replace(base=base, factors=tuple(change(factor) for factor in self.factors))
@@ -65,6 +70,7 @@ class Factored(Tracked):
       roles: of the factors.
       strides: for each turn, the distance between the elements of one block.
       tap: a function that the product with a passes through on its way to b, or None.
+      keeps_result: as in `gained`.
       varies: for each factor, the mesh axes along which it differs inside `jax.shard_map`; None: not known, but where
         JAX keeps account of it.
     """
@@ -76,6 +82,7 @@ class Factored(Tracked):
     roles: tuple[str, ...] = dataclasses.field(default=("a", "b"), metadata={"static": True})
     strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
+    keeps_result: bool = dataclasses.field(default=False, metadata={"static": True})
     varies: tuple[frozenset[str], ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -102,6 +109,9 @@ class Factored(Tracked):
 
     def dense(self, dtype: Any = None) -> jax.Array:
         """The weight itself: computed in float32 (or wider), rounded once, to `dtype` or to the base's."""
+        return self.laid_out()._dense(dtype)
+
+    def _dense(self, dtype: Any) -> jax.Array:
         dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)
         weight = array_of(self.base).astype(sums)
         if self.pair:
@@ -130,9 +140,14 @@ def low_rank(base: Any, a: Any, b: Any, **settings: Any) -> Factored:
     return Factored(base, (a, b), **settings)
 
 
-def gained(weight: Factored, gain: Any) -> Factored:
-    """The weight with an output scale, of shape (axes or 1..., 1), as ``node.beside(gain, "batch out", fill=1)`` is."""
-    return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"))
+def gained(weight: Factored, gain: Any, *, keeps_result: bool = False) -> Factored:
+    """The weight with an output scale, of shape (axes or 1..., 1), as ``node.beside(gain, "batch out", fill=1)`` is.
+
+    Args:
+      keeps_result: whether products keep their result for the gain's gradient, and not what they scale. It takes less
+        memory, since what reads the result keeps it too; a gain of exactly zero has no gradient then.
+    """
+    return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"), keeps_result=keeps_result)
 
 
 def turned_by(weight: Factored, axis: int, turns: Sequence[Any], strides: Sequence[int]) -> Factored:
@@ -158,17 +173,8 @@ def product(weight: Factored, a: Any, b: Any, *, precision: Any = None) -> jax.A
 
 def whole(weight: Tracked, factor: Any) -> Any:
     """A factor without the axes of size 1 that it does not own."""
-    owned = weight.owned(factor)
+    owned, factor = weight.owned(factor), laid_out(factor)
     return reshaped(factor, [*(factor.shape[axis] for axis in owned), factor.shape[-1]])
-
-
-def scaled_by(x: Any, xs: Labels, gain: Any, gs: Labels) -> Any:
-    """x times a gain without its axis of rank, whose labels are among those of x; in float32 or wider."""
-    order = sorted(range(len(gs)), key=lambda i: xs.index(gs[i]))
-    gain = lax.expand_dims(transposed(gain, order), [i for i, label in enumerate(xs) if label not in gs])
-    gain = placed_as(gain, x)
-    sums = wide(x.dtype)
-    return cast(cast(x, sums) * cast(gain, sums), x.dtype)
 
 
 def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, transpose: bool = False) -> Any:

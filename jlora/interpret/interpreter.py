@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jlora.interpret import compat
-from jlora.interpret.copies import CAST, Copies
 from jlora.interpret.factored import Tracked
+from jlora.interpret.frame import Frame
 
 Rule = Callable[..., Any]
 DECLINED = NotImplemented
+AS_STORED = frozenset({"dot_general", "convert_element_type", "copy", "copy_p", "name", "transpose", "jit", "pjit"}) | {
+    *compat.REMAT
+}  # primitives whose rules take factors as they are stored
 
 
 class _Walk(threading.local):
@@ -27,8 +30,7 @@ class _Walk(threading.local):
 
     def __init__(self) -> None:
         self.around: list[Any] = []  # the equations whose jaxprs are being walked, outermost first
-        self.copies: list[Copies] = []  # of the inputs of products, in each jaxpr that is being walked
-        self.thin: list[dict[Any, Any]] = []  # what arrays were before they were repeated, likewise
+        self.frames: list[Frame] = []  # of these jaxprs
 
 
 class Interpreter:
@@ -39,7 +41,8 @@ class Interpreter:
         `DECLINED`.
       dense: (interpreter, weight, equation or None, reason) -> array: computes a weight that a use needs densely. The
         equation is None where the weight is a result of the function.
-      told: (interpreter, weight, equation, kind): told of each use that was computed through the factors.
+      told: (interpreter, weight, equation, kind, group): told of each use that was computed through the factors, with
+        the names of all weights of which the input was multiplied by the first factors at once.
       inline: whether functions that were compiled on their own are walked in place, so that each use is told anew.
     """
 
@@ -59,21 +62,27 @@ class Interpreter:
     def densify(self, weight: Any, eqn: Any, reason: str) -> Any:
         return self._dense(self, weight, eqn, reason)
 
-    def factored(self, weight: Any, eqn: Any, kind: str) -> None:
-        self._told(self, weight, eqn, kind)
+    def factored(self, weight: Any, eqn: Any, kind: str, group: tuple[str, ...] = ()) -> None:
+        self._told(self, weight, eqn, kind, group)
 
-    def aside(self, atom: Any, x: Any) -> Any:
-        """The value of a product's input for its low-rank path: a copy, if several products read it.
-
-        So what flows back from their low-rank paths is summed by itself. Else it stands between what flows back from
-        the bases' products, and on a mesh XLA sums these over devices one by one in place of once.
-        """
-        return self._walk.copies[-1].of(atom, x)
+    @property
+    def frame(self) -> Frame:
+        return self._walk.frames[-1]
 
     def thin(self, atom: Any, x: Any) -> Any:
         """The value of an equation's input, of size 1 on the axes along which it was made by repeating another."""
-        found = None if compat.is_literal(atom) else self._walk.thin[-1].get(atom)
+        found = None if compat.is_literal(atom) else self.frame.thin.get(atom)
         return x if found is None else jnp.reshape(*found)
+
+    def ahead(self, atom: Any) -> Any:
+        """The value of an equation's input; of a view of a weight also before its turn; None if it has none yet."""
+        if compat.is_literal(atom):
+            return atom.val
+        if atom not in self.frame.env and (made := self.frame.maker(atom)):
+            index, eqn = made
+            if isinstance(self.ahead(eqn.invars[0]), Tracked):
+                self._evaluate(index, eqn)
+        return self.frame.env.get(atom)
 
     def place(self, eqn: Any) -> tuple[int, ...]:
         """Tells a use of this walk from all others."""
@@ -86,74 +95,73 @@ class Interpreter:
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """Evaluates a jaxpr; results that are views of a weight stay `Tracked`."""
-        self._walk.copies.append(Copies(compat.open_jaxpr(jaxpr)[0]))
-        self._walk.thin.append({})
-        try:
-            return self._walked(jaxpr, values)
-        finally:
-            self._walk.copies.pop()
-            self._walk.thin.pop()
-
-    def _walked(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         jaxpr, consts = compat.open_jaxpr(jaxpr)
-        env = dict(zip(compat.invars(jaxpr), [*consts, *values], strict=True))
-        dense: dict[Any, Any] = {}
-        last_use = _last_uses(jaxpr)
+        self._walk.frames.append(Frame(jaxpr, [*consts, *values]))
+        try:
+            return self._walked(self.frame)
+        finally:
+            self._walk.frames.pop()
+
+    def _walked(self, frame: Frame) -> list[Any]:
+        last_use = _last_uses(frame.jaxpr)
         with contextlib.ExitStack() as scopes:
             scope = ""
-            for index, eqn in enumerate(jaxpr.eqns):
+            for index, eqn in enumerate(frame.jaxpr.eqns):
                 if (name := compat.name_stack(eqn)) != scope:
                     scope = name
                     scopes.close()
                     scopes.enter_context(jax.named_scope(name) if name else contextlib.nullcontext())
-                inputs = [atom.val if compat.is_literal(atom) else env[atom] for atom in eqn.invars]
-                with compat.context(eqn):
-                    outputs = self._step(index, eqn, inputs, dense)
-                env.update(zip(eqn.outvars, outputs, strict=True))
+                frame.index = index
+                if index not in frame.done:
+                    self._evaluate(index, eqn)
                 for var in last_use.get(index, ()):
-                    env.pop(var, None)
-                    dense.pop(var, None)
-                    self._walk.thin[-1].pop(var, None)
-        return [atom.val if compat.is_literal(atom) else env[atom] for atom in jaxpr.outvars]
+                    frame.drop(var)
+        return [frame.value(atom) for atom in frame.jaxpr.outvars]
+
+    def _evaluate(self, index: int, eqn: Any) -> None:
+        frame = self.frame
+        inputs = [_seen(frame.value(atom), index, eqn.primitive.name) for atom in eqn.invars]
+        with compat.context(eqn):
+            outputs = self._step(eqn, inputs)
+        frame.env.update(zip(eqn.outvars, outputs, strict=True))
+        frame.done.add(index)
 
     def arrays(self, values: Sequence[Any], eqn: Any, reason: str) -> list[Any]:
         """The values with every tracked weight among them computed densely."""
         return [self.densify(v, eqn, reason) if isinstance(v, Tracked) else v for v in values]
 
-    def _step(self, index: int, eqn: Any, inputs: list[Any], dense: dict[Any, Any]) -> Sequence[Any]:
+    def _step(self, eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+        frame, name = self.frame, eqn.primitive.name
         tracked = [i for i, value in enumerate(inputs) if isinstance(value, Tracked)]
         outputs = DECLINED
-        if tracked and (rule := self.rules.get(eqn.primitive.name)):
+        if tracked and (rule := self.rules.get(name)):
             self._walk.around.append(eqn)
             try:
-                outputs = rule(self, eqn, *(_fresh(value, index) for value in inputs))
+                outputs = rule(self, eqn, *inputs)
             finally:
                 self._walk.around.pop()
         if outputs is DECLINED:
             for i in tracked:
                 atom = eqn.invars[i]
-                if atom not in dense:
-                    dense[atom] = self.densify(inputs[i], eqn, f"{eqn.primitive.name} has no factored rule here")
-                inputs[i] = dense[atom]
+                if atom not in frame.dense:
+                    frame.dense[atom] = self.densify(inputs[i], eqn, f"{name} has no factored rule here")
+                inputs[i] = frame.dense[atom]
             outputs = compat.bind(eqn, inputs)
-        if eqn.primitive.name == "broadcast_in_dim" and not tracked and len(inputs) == 1:
-            self._walk.thin[-1][eqn.outvars[0]] = inputs[0], _before(eqn)
-        if eqn.primitive.name == CAST and not tracked:
-            self._walk.copies[-1].of(eqn.invars[0], inputs[0])  # while it is there
+        if not tracked:
+            frame.note(eqn, inputs)
         return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
-def _before(eqn: Any) -> list[int]:
-    """The shape of what an equation repeats along axes, of size 1 on these."""
-    places = eqn.params["broadcast_dimensions"]
-    sizes = dict(zip(places, eqn.invars[0].aval.shape, strict=True))
-    return [sizes.get(axis, 1) for axis in range(len(eqn.params["shape"]))]
+def _seen(value: Any, index: int, name: str) -> Any:
+    """A value as a rule sees it: factors are arrays for most, and each equation has a dropout key of its own.
 
-
-def _fresh(value: Any, index: int) -> Any:
-    """Gives each equation a dropout key of its own, the same whenever the jaxpr runs again."""
-    key = getattr(value, "key", None) if isinstance(value, Tracked) else None
-    return value if key is None else value.replace(key=jax.random.fold_in(key, index))
+    The key is the same whenever the jaxpr runs again.
+    """
+    if not isinstance(value, Tracked):
+        return value
+    key = getattr(value, "key", None)
+    value = value if key is None else value.replace(key=jax.random.fold_in(key, index))
+    return value if name in AS_STORED else value.laid_out()
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:

@@ -14,6 +14,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from jlora.interpret.products import stand_in
+
 _linear = core.Primitive("frozen_product")
 
 
@@ -41,12 +43,7 @@ class _Flat:
 
 
 def _shape(*avals: Any, product: Callable[..., Any], **_: Any) -> Any:
-    return jax.make_jaxpr(product)(*map(_stand_in, avals)).out_avals[0]
-
-
-def _stand_in(aval: Any) -> jax.ShapeDtypeStruct:
-    place = None if aval.sharding.mesh.empty else aval.sharding
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place, manual_axis_type=aval.manual_axis_type)
+    return jax.make_jaxpr(product)(*map(stand_in, avals)).out_avals[0]
 
 
 def _of_x(product: Callable[..., Any], operands: Any, place: int) -> Callable[[Any], Any]:
@@ -65,7 +62,7 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 def _transpose(cotangent: Any, *operands: Any, product: Callable[..., Any], place: int, **_: Any) -> Any:
     found: list[Any] = [None] * len(operands)
     if not isinstance(cotangent, ad.Zero):
-        x = _stand_in(operands[place].aval)
+        x = stand_in(operands[place].aval)
         found[place] = jax.linear_transpose(_of_x(product, operands, place), x)(cotangent)[0]
     return found
 

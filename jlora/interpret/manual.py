@@ -18,6 +18,17 @@ def varying(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def alike(x: Any, y: Any) -> tuple[Any, Any]:
+    """Both arrays, varying along the mesh axes along which one of them does."""
+    if not manual_axes():
+        return x, y
+    along = varying(x), varying(y)
+    if along[0] == along[1]:
+        return x, y
+    spread = lambda v, axes: lax.pcast(v, tuple(sorted(axes)), to="varying") if axes else v
+    return spread(x, along[1] - along[0]), spread(y, along[0] - along[1])
+
+
 def same_everywhere(x: Any, beside: Any, over: set[str]) -> bool:
     """Whether an array is known to be the same along mesh axes along which the one beside it may differ."""
     return bool(varying(beside)) and not varying(x) & over

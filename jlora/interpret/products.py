@@ -18,7 +18,15 @@ Labels = tuple[Hashable, ...]
 
 
 def contract(
-    x: Any, xs: Labels, y: Any, ys: Labels, out: Labels, *, precision: Any = None, preferred: Any = None
+    x: Any,
+    xs: Labels,
+    y: Any,
+    ys: Labels,
+    out: Labels,
+    *,
+    precision: Any = None,
+    preferred: Any = None,
+    flat: bool | None = None,
 ) -> jax.Array:
     """An einsum of two arrays, written as one product of (stacks of) matrices.
 
@@ -31,17 +39,18 @@ def contract(
       x, y: arrays with an axis for each label of `xs`, `ys`.
       out: the labels of the result, each of which is in `xs` or `ys`.
       precision, preferred: as in `jax.lax.dot_general`.
+      flat: whether axes are flattened; None: where there is no mesh.
     """
     x, xs = _sum_out(x, xs, {*ys, *out})
     y, ys = _sum_out(y, ys, {*xs, *out})
     left = tuple(label for label in out if label in xs and label not in ys)
     right = tuple(label for label in out if label in ys and label not in xs)
     if right and left and out.index(right[0]) < out.index(left[0]):
-        return contract(y, ys, x, xs, out, precision=swapped(precision), preferred=preferred)
+        return contract(y, ys, x, xs, out, precision=swapped(precision), preferred=preferred, flat=flat)
     batch = tuple(label for label in out if label in xs and label in ys)
     summed = tuple(label for label in xs if label not in out)
     sizes = dict(zip((*xs, *ys), (*x.shape, *y.shape), strict=True))
-    flat = not (_is_meshed(x) or _is_meshed(y))
+    flat = not (is_meshed(x) or is_meshed(y)) if flat is None else flat
     x, y = _ordered(x, xs, (batch, left, summed), flat), _ordered(y, ys, (batch, summed, right), flat)
     n, k, m = len(batch), 1 if flat else len(summed), 1 if flat else len(left)
     over = (tuple(range(n + m, n + m + k)), tuple(range(n, n + k)))
@@ -68,7 +77,8 @@ def _place(x: Any, xs: Labels, y: Any, ys: Labels, made: Labels) -> Any:
 
 def _sum_out(x: Any, labels: Labels, keep: set[Hashable]) -> tuple[Any, Labels]:
     gone = [i for i, label in enumerate(labels) if label not in keep]
-    return (x.sum(gone) if gone else x), tuple(label for label in labels if label in keep)
+    one = lax.squeeze if all(x.shape[axis] == 1 for axis in gone) else jnp.sum
+    return (one(x, gone) if gone else x), tuple(label for label in labels if label in keep)
 
 
 def _ordered(x: Any, labels: Labels, groups: Sequence[Labels], flat: bool) -> Any:
@@ -83,11 +93,13 @@ def _ordered(x: Any, labels: Labels, groups: Sequence[Labels], flat: bool) -> An
 # The steps that change nothing are left out: tracing them costs more than all else here.
 
 
+@functools.cache
 def wide(dtype: Any) -> Any:
     """The type in which sums of values of a type are taken: float32, or a wider one."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
+@functools.cache
 def computing(*dtypes: Any) -> Any:
     """The type in which values of these types are computed with: of types that only store numbers, float32."""
     inexact = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 16]
@@ -134,5 +146,11 @@ def swapped(precision: Any) -> Any:
     return precision[::-1] if isinstance(precision, tuple) else precision
 
 
-def _is_meshed(x: Any) -> bool:
+def stand_in(aval: Any) -> jax.ShapeDtypeStruct:
+    """What a trace is given for a value of this type."""
+    place = None if aval.sharding.mesh.empty else aval.sharding
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place, manual_axis_type=aval.manual_axis_type)
+
+
+def is_meshed(x: Any) -> bool:
     return jax.typeof(x).sharding.mesh.size > 1 or jax.sharding.get_abstract_mesh().size > 1

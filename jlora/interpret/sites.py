@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from jlora.interpret import compat
 from jlora.interpret.arithmetic import times
-from jlora.interpret.contract import dot_labels
 from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
@@ -146,11 +145,9 @@ class _Observer:
 
     def dot_general(self, walk: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
         bases = [v.base if isinstance(v, Probe) else v for v in (lhs, rhs)]
-        ls, rs, out = dot_labels(eqn.params["dimension_numbers"], *map(jnp.ndim, bases))
-        for probe, mine, theirs in ((lhs, ls, rs), (rhs, rs, ls)):
+        for side, probe in enumerate((lhs, rhs)):
             if isinstance(probe, Probe):
-                over = [i for i, label in enumerate(mine) if label not in out]
-                batch = [i for i, label in enumerate(mine) if label in out and label in theirs]
+                over, batch = (pair[side] for pair in eqn.params["dimension_numbers"])
                 self.product(walk, probe, eqn, "dot", over, batch)
         return compat.bind(eqn, bases)
 

@@ -16,6 +16,7 @@ from jlora.interpret.arithmetic import ARITHMETIC
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import DECLINED, Interpreter
 from jlora.interpret.joins import JOINS
+from jlora.interpret.laid import Laid
 from jlora.interpret.moves import MOVES
 from jlora.interpret.products import computing
 from jlora.interpret.quantised import bound
@@ -53,7 +54,8 @@ def barrier(_: Interpreter, __: Any, *values: Any) -> list[Any]:
 
 def transpose(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:
     order = (*eqn.params["permutation"], weight.ndim)
-    return weight.view(bound(eqn, [weight.base]), lambda f: lax.transpose(f, order))
+    turn = lambda f: f.transposed(order) if isinstance(f, Laid) else lax.transpose(f, order)
+    return weight.view(bound(eqn, [weight.base]), turn)
 
 
 def squeeze(_: Interpreter, eqn: Any, weight: Tracked) -> Tracked:

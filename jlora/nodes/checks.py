@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,17 +24,38 @@ def check_whole(where: str, path: str, node: AdaptedParam) -> None:
 
 def check_fit(where: str, path: str, node: AdaptedParam) -> None:
     """Refuses a node that is not whole, or whose factors are not those of its base."""
+    leaves, structure = jax.tree.flatten(node)
+    if _is_fit(structure, tuple(getattr(x, "shape", None) for x in leaves)):
+        return
     check_whole(where, path, node)
-    fields: list[tuple[str, Any]] = []
-    map_fields(lambda dims, x: fields.append((dims, x)) if dims else None, node)
-    known = {word: size for dims, x in fields for word, size in own_sizes(node, dims, x).items()}
-    expected = tuple(sizes_of(node, dims, known) for dims, _ in fields)
-    found = tuple(tuple(x.shape) for _, x in fields)
+    found, expected = _sizes(node)
     if found != expected:
         raise ValueError(
             f"{where}: the factors of {path} have shapes {found}, but beside its base of shape {tuple(node.shape)} "
             f"they have {expected}: these are of another kernel, or stacked and not under jax.vmap"
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_fit(structure: Any, shapes: tuple[Any, ...]) -> bool:
+    """Whether `check_fit` has nothing against a node of this structure: of many layers one is looked at."""
+    if None in shapes:
+        return False
+    node = structure.unflatten([jax.ShapeDtypeStruct(shape, bool) for shape in shapes])
+    try:
+        check_whole("", "", node)
+        found, expected = _sizes(node)
+    except (ValueError, TypeError):
+        return False
+    return found == expected
+
+
+def _sizes(node: AdaptedParam) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The shapes of a node's arrays, as they are and as they are to be."""
+    fields: list[tuple[str, Any]] = []
+    map_fields(lambda dims, x: fields.append((dims, x)) if dims else None, node)
+    known = {word: size for dims, x in fields for word, size in own_sizes(node, dims, x).items()}
+    return tuple(tuple(x.shape) for _, x in fields), tuple(sizes_of(node, dims, known) for dims, _ in fields)
 
 
 def check_variant(cls: type) -> None:

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jlora.interpret.factored import Factored
-from jlora.interpret.products import transposed
+from jlora.interpret.laid import Laid, laid_out
 from jlora.nodes.fields import GROUPS, trained
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.qarray import is_qarray
@@ -76,18 +75,22 @@ class AdaptedParam(abc.ABC):
           x: with the axes that `dims` names, as in `trained`; those of adapted layers only.
           fill: its value for the layers that are not adapted.
         """
+        return laid_out(self.laid(x, dims, fill))
+
+    def laid(self, x: jax.Array, dims: str, fill: float = 0) -> Laid:
+        """As `beside`, for a factor that nothing is computed with: laid out only where a rule needs it so."""
         node: Any = self
-        axes = node.axes
-        groups = [getattr(axes, f"{word}_axis") if word in GROUPS else (word,) for word in dims.split()]
-        return self.placed(self.everywhere(x, fill) if dims.startswith("batch") else x, [a for g in groups for a in g])
+        groups = [getattr(node.axes, f"{word}_axis") if word in GROUPS else (word,) for word in dims.split()]
+        x = self.everywhere(x, fill) if dims.startswith("batch") else x
+        return self._laid(x, [axis for group in groups for axis in group])
 
     def placed(self, x: jax.Array, order: Sequence[int | str]) -> jax.Array:
         """As `beside`, for an array whose axes are these of the base, and one of its own that has a name."""
-        own = [axis for axis in order if isinstance(axis, str)]
-        at = [axis for axis in order if not isinstance(axis, str)]
-        x = transposed(x, [order.index(axis) for axis in (*sorted(at), *own)])
-        gone = [axis for axis in range(self.ndim) if axis not in at]
-        return lax.expand_dims(x, gone if own else [*gone, self.ndim])
+        return laid_out(self._laid(x, order))
+
+    def _laid(self, x: jax.Array, order: Sequence[int | str]) -> Laid:
+        place = {axis if isinstance(axis, int) else self.ndim: i for i, axis in enumerate(order)}
+        return Laid(x, tuple(map(place.get, range(self.ndim + 1))))
 
     def everywhere(self, x: jax.Array, fill: float = 0) -> jax.Array:
         """An array of the adapted layers, with `fill` for the others."""

@@ -23,7 +23,12 @@ from jlora.tree import has_nodes, unwrap
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of an adapted kernel in a function: how it is computed, and why."""
+    """One use of an adapted kernel in a function: how it is computed, and why.
+
+    Args:
+      group: the paths of the kernels that share its input: one x @ [A ...] is computed for all of them.
+      note: what of that is to be said.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -32,6 +37,8 @@ class Use:
     reason: str
     primitive: str
     source: str
+    group: tuple[str, ...] = ()
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -93,14 +100,15 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
     shapes = {path: tuple(node.shape) for path, node in nodes.items()}
     uses: dict[Any, Use] = {}
 
-    def told(walk: Interpreter, weight: Factored, eqn: Any, kind: str, reason: str = "") -> None:
+    def told(walk: Interpreter, weight: Factored, eqn: Any, kind: str, group: Any, reason: str = "") -> None:
         primitive = eqn.primitive.name if eqn is not None else "output"
         shape: Any = shapes.get(weight.name, weight.base.shape)  # a fused weight has a name that no leaf has
-        use = Use(weight.name, tuple(shape), kind, not reason, reason, primitive, walk.source(eqn))
+        note = _grouped(weight, group)
+        use = Use(weight.name, tuple(shape), kind, not reason, reason, primitive, walk.source(eqn), group, note)
         uses.setdefault((walk.place(eqn), weight.name), use)
 
     def dense(walk: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:
-        told(walk, weight, eqn, "other", reason)
+        told(walk, weight, eqn, "other", (), reason)
         return weight.dense()
 
     interpreter = Interpreter(RULES, dense, told, inline=True)
@@ -117,6 +125,17 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     jax.eval_shape(adapted, arrays)
     return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), totals(tree))
+
+
+def _grouped(weight: Factored, group: Sequence[str]) -> str:
+    """What there is to say of a group: the other kernels, by what their paths differ in."""
+    if not group:
+        return ""
+    split = [name.split("/") for name in group]
+    shared = next((i for i, names in enumerate(zip(*split, strict=False)) if len({*names}) > 1), 0)
+    others = ["/".join(names[shared:]) for names, name in zip(split, group, strict=True) if name != weight.name]
+    told = f"one x @ [A ...] with {', '.join(others)}" if others else "one x @ [A ...] for all its products with x"
+    return f"{told}; with dropout on, one each, since each draws its own" if weight.dropout else told
 
 
 def _arrays_only(tree: Any) -> list[Any]:
@@ -171,7 +190,9 @@ def _how(use: Use) -> str:
 
 
 def _why(use: Use) -> str:
-    named = use.factored or use.reason.startswith(use.primitive)
+    if use.factored:
+        return use.note
+    named = use.reason.startswith(use.primitive)
     return use.reason if named else f"{use.primitive}: {use.reason}"
 
 

@@ -50,7 +50,7 @@ class AdaLoraParam(AdaptedParam):
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         lora_e = jnp.expand_dims(self.lora_e, [len(self.axes.batch_axis) + i for i in range(len(self.axes.in_axis))])
-        factors = self.beside(self.lora_a * lora_e, "batch in rank"), self.beside(self.lora_b, "batch rank out")
+        factors = self.laid(self.lora_a * lora_e, "batch in rank"), self.laid(self.lora_b, "batch rank out")
         key = key if self.dropout else None
         return low_rank(self.base, *factors, key=key, name=name, scale=self.scale, dropout=self.dropout)
 

@@ -29,7 +29,8 @@ SMALL = 1e-6  # of ||W||^2: below it the sum of its three terms is rounding
 class DoraParam(AdaptedParam):
     """``m / ||V|| * V`` with ``V = W + scale * A @ B``, the norm over the in axes and without a gradient of its own.
 
-    The norm is computed from ``||W||^2`` and the factors: V is never built.
+    The norm is computed from ``||W||^2`` and the factors: V is never built. A magnitude of exactly zero has no
+    gradient.
 
     Args:
       base, lora_a, lora_b, axes, scale, dropout, layers, start: as in `jlora.LoraParam`.
@@ -60,7 +61,7 @@ class DoraParam(AdaptedParam):
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         norm = lax.stop_gradient(jnp.sqrt(jnp.maximum(self._norm2(), SMALL * self.norm2 + TINY)))
         gain = self.beside(self.magnitude.astype(norm.dtype) / norm, "batch out", fill=1)
-        return gained(low_rank_of(self, name, key), gain)
+        return gained(low_rank_of(self, name, key), gain, keeps_result=True)
 
     def _norm2(self) -> jax.Array:
         """||W||^2 + 2 s sum(W^T A * B^T) + s^2 sum(B * (A^T A) B), of shape (batch..., out...)."""

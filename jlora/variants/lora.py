@@ -61,7 +61,7 @@ class LoraParam(AdaptedParam):
 def low_rank_of(node: Any, name: str, key: jax.Array | None) -> Factored:
     """The low-rank factors of a node that has the fields of a `LoraParam`, beside its base."""
     lora_a, lora_b = from_start(node)
-    factors = node.beside(lora_a, "batch in rank"), node.beside(lora_b, "batch rank out")
+    factors = node.laid(lora_a, "batch in rank"), node.laid(lora_b, "batch rank out")
     key = key if node.dropout else None
     return low_rank(node.base, *factors, key=key, name=name, scale=node.scale, dropout=node.dropout)
 

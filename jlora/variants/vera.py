@@ -71,7 +71,7 @@ class VeraParam(AdaptedParam):
         n = len(self.axes.batch_axis)
         d = jnp.expand_dims(self.lambda_d, [n + 1 + i for i in range(len(self.axes.out_axis))])
         b = self.vera_b * d * jnp.expand_dims(self.lambda_b, n)
-        factors = self.beside(self.vera_a, "in rank"), self.beside(b, "batch rank out")
+        factors = self.laid(self.vera_a, "in rank"), self.laid(b, "batch rank out")
         return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
 
 

@@ -1,0 +1,105 @@
+"""What a node stands for, computed and checked in one program, compiled once for all nodes that are alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jlora.interpret.compat import is_traced
+from jlora.interpret.factored import Factored
+from jlora.nodes import qarray
+from jlora.nodes.node import TrainableParam
+
+
+class MergePrecisionWarning(UserWarning):
+    """The merged kernel's type does not hold the adapter: rounding took most of it, or sums became infinite."""
+
+
+class Loss(NamedTuple):
+    """What a type of fewer than 32 bits does not hold of a merged kernel.
+
+    Args:
+      infinite: how many finite weights are infinite in it.
+      largest: of the weights.
+      update, lost: the squared norms of the update, and of what rounding takes from it.
+    """
+
+    infinite: Any
+    largest: Any
+    update: Any
+    lost: Any
+
+
+def folded(path: str, node: Any, dtype: Any, donate: bool) -> Any:
+    """The leaf that a node stands for, in `dtype` or its base's; warns of what that type does not hold.
+
+    Args:
+      donate: whether the base's buffer may become the result's.
+    """
+    if isinstance(node, TrainableParam):
+        return node.base
+    rest = dataclasses.replace(node, base=None)
+    if any(map(is_traced, jax.tree.leaves(node))):
+        return _fold(node.base, rest, dtype)[0]
+    fits = donate and not qarray.is_qarray(node.base) and dtype in (None, node.dtype)
+    merged, loss = _program(fits, dtype, _place(node.base))(node.base, rest)
+    if loss is not None:
+        _warn(path, merged.dtype, Loss(*map(float, loss)))
+    return merged
+
+
+@functools.lru_cache(maxsize=256)
+def _program(donate: bool, dtype: Any, place: Any) -> Callable[..., Any]:
+    fold = lambda base, rest: _fold(base, rest, dtype)
+    return jax.jit(fold, donate_argnums=(0,) if donate else (), out_shardings=None if place is None else (place, None))
+
+
+def _place(base: Any) -> Any:
+    """Where what is merged lies: where the base lies, if that is on a mesh."""
+    place = getattr(qarray.codes(base), "sharding", None)
+    return place if isinstance(place, jax.sharding.NamedSharding) else None
+
+
+def _fold(base: Any, rest: Any, dtype: Any) -> tuple[jax.Array, Loss | None]:
+    if qarray.is_qarray(base):
+        base = qarray.dense(base, jnp.float32)
+    value = dataclasses.replace(rest, base=base).effective("", None)
+    if not isinstance(value, Factored):
+        return value, None
+    merged = value.dense(dtype)
+    return merged, _loss(value, merged) if jnp.finfo(merged.dtype).bits < 32 else None
+
+
+def _loss(value: Factored, merged: jax.Array) -> Loss:
+    base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
+    rounded = value.base.astype(merged.dtype).astype(jnp.float32)
+    square = lambda x: jnp.sum(x * x)
+    return Loss(
+        infinite=jnp.sum(jnp.isinf(merged) & jnp.isfinite(exact)),
+        largest=jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0)),
+        update=square(exact - base),
+        lost=square(merged.astype(jnp.float32) - rounded - (exact - base)),
+    )
+
+
+def _warn(path: str, dtype: Any, loss: Loss) -> None:
+    if loss.infinite:
+        told = (
+            f"merge: {loss.infinite:.0f} weights of {path} are infinite in {dtype.name}: the largest is "
+            f"{loss.largest:.4g}, and that type ends at {float(jnp.finfo(dtype).max):.4g}; "
+            "merge(tree, dtype=jnp.bfloat16) or float32 holds it"
+        )
+    elif loss.lost > loss.update / 4:
+        told = (
+            f"merge: rounding {path} to {dtype.name} loses {min((loss.lost / loss.update) ** 0.5, 1):.0%} of its "
+            "adapter (the update is below the type's resolution); merge(tree, dtype=jnp.float32) keeps it"
+        )
+    else:
+        return
+    warnings.warn(told, MergePrecisionWarning, stacklevel=4)
