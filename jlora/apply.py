@@ -33,6 +33,7 @@ from jlora.targets.paths import checked_key, flatten, in_order_of, refill
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array
 FALLBACKS = ("warn", "error", "ignore")
+STRATEGIES = ("auto", "factored", "merged")
 
 
 class DenseFallbackWarning(UserWarning):
@@ -50,6 +51,7 @@ def apply(
     fallback: str = "warn",
     freeze: bool = True,
     native_dots: bool = False,
+    strategy: str = "auto",
 ) -> Callable[..., Any]:
     """Makes an unchanged function run on wrapped trees, at the cost of the factors.
 
@@ -67,12 +69,18 @@ def apply(
       native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it), of
         tiles of 128 or more, are computed in 8 bits: their inputs are rounded to as many, row by row; gradients are
         those of the exact product. Elsewhere it changes nothing.
+      strategy: how products with adapted kernels are computed. ``"factored"``: ``x @ W + s (x @ A) @ B``. ``"merged"``:
+        ``x @ M`` with ``M = W + s A B`` made once a call, in the type of W, and gradients of A and B through the rank,
+        without a dense one: for calls that use each kernel many times, as in a loop of decoding, and where tokens are
+        many and W is float32. It takes a second copy of the adapted kernels; a W of 16 bits rounds M, which loses an
+        adapter that is small beside it. ``"auto"``: the one that costs less without either loss, which is
+        ``"factored"`` on all hardware measured so far. With dropout on all are factored.
 
     Returns:
       A function with the arguments and results of `fn`, to use under `jax.jit`, `jax.grad`, `jax.vmap`.
 
     Raises:
-      ValueError: if `fallback` is none of the three.
+      ValueError: if `fallback` is none of the three, or `strategy` is none of its three.
       TypeError: if `rng` is no PRNG key.
       DenseFallbackError: when called, under ``fallback="error"``.
 
@@ -84,18 +92,28 @@ def apply(
     """
     if fallback not in FALLBACKS:
         raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"apply: strategy must be one of {STRATEGIES}, found {strategy!r}")
     if rng is not None:
         checked_key("apply: rng", rng)
-    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), rng, freeze, native_dots)
+    settings = Settings(rng, freeze, native_dots, strategy == "merged")
+    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), settings)
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
+
+
+class Settings(NamedTuple):
+    """How wrapped trees are run: as `apply` has it."""
+
+    rng: jax.Array | None = None
+    freeze: bool = True
+    native_dots: bool = False
+    merged: bool = False
 
 
 def run_on_wrapped(
     fn: Callable[..., Any],
     interpreter: Interpreter,
-    rng: jax.Array | None,
-    freeze: bool,
-    native_dots: bool,
+    settings: Settings,
     /,
     *args: Any,
     **kwargs: Any,
@@ -107,9 +125,9 @@ def run_on_wrapped(
         return fn(*args, **kwargs)
     for i in places:
         _check(_inside(paths[i]), leaves[i])
-    if freeze:
+    if settings.freeze:
         leaves = _frozen((args, kwargs), leaves)
-    values = [_value(_inside(paths[i]), leaves[i], _key(rng, paths[i], leaves[i]), native_dots) for i in places]
+    values = [_value(_inside(paths[i]), leaves[i], _key(settings.rng, paths[i], leaves[i]), settings) for i in places]
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
 
@@ -153,15 +171,16 @@ def _check(path: str, leaf: Any) -> None:
         check_fit("apply", path, leaf)
 
 
-def _value(path: str, leaf: Any, key: Any, native: bool) -> Any:
+def _value(path: str, leaf: Any, key: Any, settings: Settings) -> Any:
     """What a node, or a quantised leaf, stands for."""
+    native = settings.native_dots
     if is_qarray(leaf):
         return plain(Quantised(leaf, native=native), name=path)
     if is_qarray(leaf.base):
         leaf = dataclasses.replace(leaf, base=Quantised(leaf.base, native=native))
     value = leaf.effective(path, key)
     check_value(path, leaf, value)
-    return value
+    return value.merged_ahead() if settings.merged and isinstance(value, Factored) else value
 
 
 def _array(x: Any, aval: Any) -> Any:

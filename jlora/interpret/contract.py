@@ -19,8 +19,10 @@ from jlora.interpret.factored import Factored, Tracked, product, whole
 from jlora.interpret.gain import scaled_by
 from jlora.interpret.groups import dot_of, middle_of, precision_of, preferred_of
 from jlora.interpret.interpreter import DECLINED, Interpreter
+from jlora.interpret.laid import stored
 from jlora.interpret.lookup import Lookup
-from jlora.interpret.lowrank import Contraction, dropped, sums_of, tapped
+from jlora.interpret.lowrank import Contraction, LowRank, dropped, sums_of, tapped
+from jlora.interpret.merged import Product, merged_product
 from jlora.interpret.products import cast, computing, is_meshed, placed_as, scaled
 from jlora.interpret.quantised import array_of, bound
 
@@ -33,16 +35,28 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if isinstance(lhs, Tracked) and isinstance(rhs, Tracked):
         lhs = interpreter.densify(lhs, eqn, "both operands of the product are adapted: this one is computed densely")
     is_left = isinstance(lhs, Factored)
-    weight, x = (lhs, rhs) if is_left else (rhs, lhs)
+    weight: Any = lhs if is_left else rhs
+    x: Any = rhs if is_left else lhs
     dot = dot_of(eqn, weight, is_left, x) if isinstance(weight, Factored) else None
     if dot is None:
         return DECLINED
     given, x = x, dot.ends.before(x, computing(x.dtype, weight.base.dtype))
     aside = interpreter.frame.copy(eqn.invars[is_left], x) if dot.path and x is given else x
+    if dot.path and weight.merged is not None:
+        interpreter.factored(weight, eqn, "dot", strategy="merged")
+        return dot.ends.after(_merged(eqn, weight, is_left, x, dot.path))
     y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
     h, group = middle_of(interpreter, eqn, is_left, aside, dot) if dot.path else (None, ())
     interpreter.factored(weight, eqn, "dot", group)
     return dot.ends.after(_added(y, dot.path.result(h, y.dtype)) if dot.path else y)
+
+
+def _merged(eqn: Any, weight: Factored, is_left: bool, x: Any, path: LowRank) -> Any:
+    """x . M of a weight that was merged ahead: M in the type that the base has here."""
+    params = tuple(sorted(eqn.primitive.get_bind_params(eqn.params).items()))
+    form = Product(eqn.primitive, params, is_left, path.forms)
+    pair: Any = weight.pair
+    return merged_product(form, x, cast(weight.merged, weight.base.dtype), *map(stored, pair))
 
 
 def _added(y: Any, z: Any) -> Any:

@@ -24,7 +24,7 @@ class Ends:
     @classmethod
     def of(cls, weight: Factored, ws: Labels, xs: Labels, out: Labels) -> Ends | None:
         """None if one of them can act at neither end."""
-        if weight.roles in ((), ("a", "b")):
+        if weight.roles in ((), ("a", "b"), ("a", "b", "merged")):
             return cls(weight, ws, xs, out, False, False)
         names = lambda factor: {ws[axis] for axis in weight.owned(factor)}
         gain = names(weight.gain) if weight.gain is not None else set()

@@ -42,6 +42,10 @@ class Tracked:
     def view(self, base: Any, change: Callable[[Any], Any]) -> Self:
         return self.replace(base=base, factors=tuple(change(factor) for factor in self.factors))
 
+    def unmerged(self) -> Self:
+        """The same without what was merged ahead."""
+        return self
+
     def owned(self, factor: Any) -> tuple[int, ...]:
         """The axes on which a factor is whole; an axis of size 1 is nobody's."""
         return tuple(i for i, n in enumerate(self.base.shape) if n != 1 and factor.shape[i] == n)
@@ -60,6 +64,7 @@ class Factored(Tracked):
     * ``"turn"``: a block-diagonal R on one axis of n elements, of shape (axes or 1..., size of a block): row i of R
       within its block. R is the product of all of them.
     * ``"mark"``: owns the axis that is turned.
+    * ``"merged"``: ``base + scale * sum_r a * b``, of shape (axes..., 1), for products that take it as it is.
 
     Args:
       base: the weight, of shape (axes...).
@@ -107,9 +112,30 @@ class Factored(Tracked):
         axes = self.owned(marks[0]) if marks else ()
         return axes[0] if len(axes) == 1 else None
 
+    @property
+    def merged(self) -> Any:
+        """What was merged ahead, of the shape of the base; None: nothing was."""
+        found = next((f for f, role in zip(self.factors, self.roles, strict=True) if role == "merged"), None)
+        return None if found is None else laid_out(found)[..., 0]
+
+    def unmerged(self) -> Factored:
+        if "merged" not in self.roles:
+            return self
+        kept = [i for i, role in enumerate(self.roles) if role != "merged"]
+        pick = lambda values: None if values is None else tuple(values[i] for i in kept)
+        return self.replace(factors=pick(self.factors), roles=pick(self.roles), varies=pick(self.varies))
+
+    def merged_ahead(self) -> Factored:
+        """The same, merged: where dropout is off, and there is something to merge."""
+        if self.pair is None or self.key is not None or self.tap is not None:
+            return self
+        alone = self.replace(factors=self.pair, roles=("a", "b"), strides=())
+        whole = lax.stop_gradient(alone.dense())
+        return self.replace(factors=(*self.factors, whole[..., None]), roles=(*self.roles, "merged"))
+
     def dense(self, dtype: Any = None) -> jax.Array:
         """The weight itself: computed in float32 (or wider), rounded once, to `dtype` or to the base's."""
-        return self.laid_out()._dense(dtype)
+        return self.laid_out().unmerged()._dense(dtype)
 
     def _dense(self, dtype: Any) -> jax.Array:
         dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)

@@ -24,6 +24,12 @@ AS_STORED = frozenset({"dot_general", "convert_element_type", "copy", "copy_p", 
     *compat.REMAT
 }  # primitives whose rules take factors as they are stored
 
+# Those that look at a weight another way, or hand it on: a weight that was merged ahead stays so.
+KEEP_MERGED = AS_STORED | frozenset(
+    "squeeze reshape broadcast_in_dim slice dynamic_slice split unstack stop_gradient optimization_barrier scan while"
+    " cond closed_call core_call shard_map reshard sharding_constraint".split()
+)
+
 
 class _Walk(threading.local):
     """Where the walks of one thread are: an interpreter is shared by all threads that trace."""
@@ -41,8 +47,8 @@ class Interpreter:
         `DECLINED`.
       dense: (interpreter, weight, equation or None, reason) -> array: computes a weight that a use needs densely. The
         equation is None where the weight is a result of the function.
-      told: (interpreter, weight, equation, kind, group): told of each use that was computed through the factors, with
-        the names of all weights of which the input was multiplied by the first factors at once.
+      told: (interpreter, weight, equation, kind, group, strategy): told of each use that was computed through the
+        factors, with the names of all weights of which the input was multiplied by the first factors at once.
       inline: whether functions that were compiled on their own are walked in place, so that each use is told anew.
     """
 
@@ -62,8 +68,10 @@ class Interpreter:
     def densify(self, weight: Any, eqn: Any, reason: str) -> Any:
         return self._dense(self, weight, eqn, reason)
 
-    def factored(self, weight: Any, eqn: Any, kind: str, group: tuple[str, ...] = ()) -> None:
-        self._told(self, weight, eqn, kind, group)
+    def factored(
+        self, weight: Any, eqn: Any, kind: str, group: tuple[str, ...] = (), strategy: str = "factored"
+    ) -> None:
+        self._told(self, weight, eqn, kind, group, strategy)
 
     @property
     def frame(self) -> Frame:
@@ -161,6 +169,7 @@ def _seen(value: Any, index: int, name: str) -> Any:
         return value
     key = getattr(value, "key", None)
     value = value if key is None else value.replace(key=jax.random.fold_in(key, index))
+    value = value if name in KEEP_MERGED else value.unmerged()
     return value if name in AS_STORED else value.laid_out()
 
 

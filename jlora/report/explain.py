@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from jlora.apply import RULES, run_on_wrapped
+from jlora.apply import RULES, Settings, run_on_wrapped
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
 from jlora.nodes.checks import check_whole
@@ -21,6 +22,18 @@ from jlora.targets.paths import flatten, split_arrays
 from jlora.tree import has_nodes, unwrap
 
 
+class Estimates(NamedTuple):
+    """FLOPs of a use in a training step, by strategy, beside those of the same product with a frozen kernel.
+
+    Those have a product each forward and backward, 4 T m n for T tokens and a kernel m x n. Through factors of rank r
+    there are 6 T r (m + n) more; merged, 4 T r (m + n) + 4 m n r.
+    """
+
+    frozen: float
+    factored: float
+    merged: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One use of an adapted kernel in a function: how it is computed, and why.
@@ -28,6 +41,8 @@ class Use:
     Args:
       group: the paths of the kernels that share its input: one x @ [A ...] is computed for all of them.
       note: what of that is to be said.
+      strategy: of `apply` by which it is computed; ``"dense"`` where it has no factored rule.
+      estimates: what each strategy costs; None where the use is no product.
     """
 
     path: str
@@ -39,6 +54,8 @@ class Use:
     source: str
     group: tuple[str, ...] = ()
     note: str = ""
+    strategy: str = "factored"
+    estimates: Estimates | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -100,15 +117,18 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
     shapes = {path: tuple(node.shape) for path, node in nodes.items()}
     uses: dict[Any, Use] = {}
 
-    def told(walk: Interpreter, weight: Factored, eqn: Any, kind: str, group: Any, reason: str = "") -> None:
+    def told(
+        walk: Interpreter, weight: Factored, eqn: Any, kind: str, group: Any, strategy: str = "dense", reason: str = ""
+    ) -> None:
         primitive = eqn.primitive.name if eqn is not None else "output"
         shape: Any = shapes.get(weight.name, weight.base.shape)  # a fused weight has a name that no leaf has
         note = _grouped(weight, group)
-        use = Use(weight.name, tuple(shape), kind, not reason, reason, primitive, walk.source(eqn), group, note)
+        facts = (primitive, walk.source(eqn), group, note, strategy, _estimates(weight, eqn))
+        use = Use(weight.name, tuple(shape), kind, not reason, reason, *facts)
         uses.setdefault((walk.place(eqn), weight.name), use)
 
     def dense(walk: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:
-        told(walk, weight, eqn, "other", (), reason)
+        told(walk, weight, eqn, "other", (), reason=reason)
         return weight.dense()
 
     interpreter = Interpreter(RULES, dense, told, inline=True)
@@ -116,15 +136,27 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     def adapted(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
-        return _arrays_only(run_on_wrapped(fn, interpreter, None, True, False, tree, *args, **kwargs))
+        return _arrays_only(run_on_wrapped(fn, interpreter, Settings(), tree, *args, **kwargs))
 
     def plain(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
         silent = Interpreter(RULES, lambda _, weight, *__: weight.dense())  # walks only where leaves are quantised
-        return _arrays_only(run_on_wrapped(fn, silent, None, True, False, unwrap(tree), *args, **kwargs))
+        return _arrays_only(run_on_wrapped(fn, silent, Settings(), unwrap(tree), *args, **kwargs))
 
     jax.eval_shape(adapted, arrays)
     return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), totals(tree))
+
+
+def _estimates(weight: Factored, eqn: Any) -> Estimates | None:
+    if not weight.pair or eqn is None or eqn.primitive.name != "dot_general":
+        return None
+    size = math.prod(weight.base.shape)
+    over = math.prod(eqn.invars[0].aval.shape[axis] for axis in eqn.params["dimension_numbers"][0][0])
+    tokens = math.prod(eqn.outvars[0].aval.shape) * over / size
+    factors = sum(math.prod(factor.shape) for factor in weight.pair)
+    frozen = 4 * tokens * size
+    merged = 4 * tokens * factors + 4 * size * weight.pair[0].shape[-1]
+    return Estimates(frozen, frozen + 6 * tokens * factors, frozen + merged)
 
 
 def _grouped(weight: Factored, group: Sequence[str]) -> str:
@@ -155,8 +187,21 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
         f"{cost.ratio} of the plain model's"
         for cost in _costs(flops, moved)
     ]
+    costs += _by_strategy(uses)
     header = ("path", "shape", "kind", "computed", "by", "at")
     return Explanation(header, rows, (_counts(uses), *costs, *sums.lines), uses, flops, moved, sums)
+
+
+def _by_strategy(uses: Sequence[Use]) -> list[str]:
+    """What a training step would cost by each strategy, where the one that was not chosen might cost less."""
+    found = [use.estimates for use in uses if use.estimates]
+    if not found:
+        return []
+    frozen, factored, merged = (sum(costs) for costs in zip(*found, strict=True))
+    if merged >= factored:
+        return []
+    ratios = f"factored {factored / frozen:.3f}x, merged {merged / frozen:.3f}x"
+    return [f'training FLOPs, estimated, over frozen products\': {ratios} (apply(..., strategy="merged"))']
 
 
 class _Cost(NamedTuple):
