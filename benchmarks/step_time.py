@@ -1,27 +1,32 @@
-"""Time of a training step over the frozen floor, and of tracing, on this machine.
+"""Time of a training step over the frozen floor, on this machine.
 
-Run with ``python benchmarks/step_time.py``; on an accelerator, say, with ``--d 4096 --hidden 11264 --tokens 8192
+Run with ``python -m benchmarks.step_time``; on an accelerator, say, with ``--d 4096 --hidden 11264 --tokens 8192
 --dtype bfloat16`` (the type of the base and of the activations; factors are float32). The floor is the forward and
-input-gradient pass of the same frozen model without LoRA. Programs take turns, so that the machine's drift touches all
-alike; medians of ratios are printed.
+input-gradient pass of the same frozen model without LoRA. Programs take turns, so that the machine's drift touches
+all alike; medians of ratios are printed. Beside jlora are LoRA written into the model by hand, NNX's, Qwix's, and
+with ``--peft python`` that of PEFT on torch with as many threads, in a process of its own. What would make it look
+worse: few tokens, large ranks, small kernels; an accelerator, whose compiler makes less of how products are written.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 import jlora
+from benchmarks import others, told
 
-HEADS = 8
+HEADS = others.HEADS
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -72,82 +77,65 @@ def interleaved(programs: dict[str, Callable[[], Any]], rounds: int) -> dict[str
     for _ in range(rounds):
         for name, call in programs.items():
             start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
+            result = jax.block_until_ready(call())
+            times[name].append(result if isinstance(result, float) else time.perf_counter() - start)
     return times
 
 
-def steps(layers: int, d: int, hidden: int, tokens: int, rank: int, dtype: str, rounds: int) -> None:
+def steps(layers: int, d: int, hidden: int, tokens: int, rank: int, dtype: str, rounds: int, peft: str) -> None:
     params = make_params(layers, d, hidden, jnp.dtype(dtype))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, tokens // 4, d)), dtype)
     wrapped = jlora.wrap(params, jlora.LoraSpec(rank=rank, alpha=rank))
     trainable, frozen = jlora.partition(wrapped)
     model = jlora.apply(lambda p, x: loss(p, x, plain))
+    merging = jlora.apply(lambda p, x: loss(p, x, plain), strategy="merged")
     gradient = lambda f: jax.jit(jax.value_and_grad(f))
     floor = gradient(lambda x, p: loss(p, x, plain))
     ours = gradient(lambda t, f, x: model(jlora.combine(t, f), x))
+    by_merging = gradient(lambda t, f, x: merging(jlora.combine(t, f), x))
     book = gradient(lambda t, f, x: loss(jlora.combine(t, f), x, textbook))
     full = gradient(lambda p, x: loss(p, x, plain))
     merged = gradient(lambda t, f, x: loss(jlora.merge(jlora.combine(t, f)), x, plain))
-    times = interleaved(
-        {
-            "frozen floor": lambda: floor(x, params),
-            "jlora": lambda: ours(trainable, frozen, x),
-            "textbook": lambda: book(trainable, frozen, x),
-            "merge, then apply": lambda: merged(trainable, frozen, x),
-            "full fine-tune": lambda: full(params, x),
-        },
-        rounds,
-    )
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {dtype}: {layers} layers, d={d}, hidden={hidden},")
-    print(f"{tokens} tokens, rank {rank}: gradient step over the frozen floor")
-    for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, times["frozen floor"], strict=True))
-        print(f"  {name:18s} {ratio:5.2f}x   median {statistics.median(seconds) * 1e3:7.0f} ms")
-
-
-class Block(nn.Module):
-    """A pre-norm decoder layer, as linen users write it."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.RMSNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=HEADS)(h, mask=nn.make_causal_mask(h[..., 0]))
-        h = nn.RMSNorm()(x)
-        return x + nn.Dense(64)(nn.silu(nn.Dense(128)(h)) * nn.Dense(128)(h))
-
-
-class Decoder(nn.Module):
-    layers: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for i in range(self.layers):
-            x = Block(name=f"layer_{i}")(x)
-        return x
-
-
-def tracing(layers: int, rounds: int) -> None:
-    x = jnp.ones((2, 24, 64))
-    decoder = Decoder(layers)
-    variables = decoder.init(jax.random.key(0), x)
-    params = make_params(layers, 64, 128)
-    models = {
-        "linen": (decoder.apply, variables),
-        "bare jnp": (lambda p, x: loss(p, x, plain), params),
+    programs: dict[str, Callable[[], Any]] = {
+        "frozen floor": lambda: floor(x, params),
+        "jlora": lambda: ours(trainable, frozen, x),
+        "jlora, merged strategy": lambda: by_merging(trainable, frozen, x),
+        "textbook": lambda: book(trainable, frozen, x),
+        "jlora.merge, then the function": lambda: merged(trainable, frozen, x),
+        "full fine-tune": lambda: full(params, x),
     }
-    for name, (f, tree) in models.items():
-        wrapped = jlora.wrap(tree, jlora.LoraSpec(rank=4))
+    if dtype == "float32":
+        programs["nnx.LoRA"] = others.step_of_nnx(layers, d, hidden, rank, x)
+        if importlib.util.find_spec("qwix"):
+            programs["Qwix"] = others.step_of_qwix(layers, d, hidden, rank, x)
+        if peft:
+            sizes = {"layers": layers, "d": d, "hidden": hidden, "tokens": tokens, "rank": rank, "heads": HEADS}
+            programs["PEFT, torch"] = Peft(peft, **sizes)
+    times = interleaved(programs, rounds)
+    ratio = lambda name, to: statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+    rows = [(name, ratio(name, "frozen floor"), 1e3 * statistics.median(times[name])) for name in programs]
+    told(
+        f"A gradient step, {dtype}: {layers} layers, d {d}, hidden {hidden}, {tokens} tokens, rank {rank}",
+        ("", "over the floor", "median ms"),
+        rows,
+    )
+    if "PEFT, torch" in programs:
+        print(f"jlora over PEFT: {ratio('jlora', 'PEFT, torch'):.2f}")
 
-        def trace(f: Callable[..., Any], tree: Any) -> None:
-            jax.clear_caches()
-            jax.make_jaxpr(lambda tree: f(tree, x))(tree)
 
-        programs = {"f": lambda: trace(f, tree), "apply(f)": lambda: trace(jlora.apply(f), wrapped)}  # noqa: B023
-        times = interleaved(programs, rounds)
-        ratio = statistics.median(a / b for a, b in zip(times["apply(f)"], times["f"], strict=True))
-        mine, theirs = statistics.median(times["apply(f)"]), statistics.median(times["f"])
-        print(f"tracing {layers} unrolled layers, {name}: f {theirs:.2f} s, apply(f) {mine:.2f} s, {ratio:.2f}x")
+class Peft:
+    """A process of stock PEFT on torch, which takes its turn when told to."""
+
+    def __init__(self, python: str, **sizes: int):
+        flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+        command = [python, str(Path(__file__).with_name("peft_step.py")), *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self) -> float:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
 
 
 def main() -> None:
@@ -156,9 +144,8 @@ def main() -> None:
     for name, default in {"layers": 4, "d": 768, "hidden": 2048, "tokens": 1024, "rank": 16}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")
-    args = vars(parser.parse_args())
-    tracing(30, args["rounds"])
-    steps(**args)
+    parser.add_argument("--peft", default="", metavar="PYTHON", help="a Python that has torch and peft")
+    steps(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jlora
-from benchmarks import told
+from benchmarks import others, told
 from benchmarks.step_time import HEADS, loss, make_params, plain, textbook
 
 WIDTH, HIDDEN = 64, 128
@@ -73,41 +73,15 @@ class Decoder(nn.Module):
 
 
 class NnxLinear(nnx.Module):
-    """nnx's Linear without a bias, with LoRA by hand where `by_hand`."""
+    """nnx's Linear without a bias, with LoRA by hand."""
 
-    def __init__(self, n: int, features: int, by_hand: bool, rngs: nnx.Rngs):
+    def __init__(self, n: int, features: int, rngs: nnx.Rngs):
         self.linear = nnx.Linear(n, features, use_bias=False, rngs=rngs)
-        self.a = nnx.Param(jax.random.normal(rngs(), (n, 4))) if by_hand else None
-        self.b = nnx.Param(jax.random.normal(rngs(), (4, features))) if by_hand else None
+        self.a = nnx.Param(jax.random.normal(rngs(), (n, 4)))
+        self.b = nnx.Param(jax.random.normal(rngs(), (4, features)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.linear(x)
-        return y if self.a is None or self.b is None else y + 1.0 * ((x @ self.a[...]) @ self.b[...])
-
-
-class NnxDecoder(nnx.Module):
-    """The same layers in NNX."""
-
-    def __init__(self, layers: int, by_hand: bool, rngs: nnx.Rngs):
-        make = lambda n, features: NnxLinear(n, features, by_hand, rngs)
-        self.layers = nnx.List([
-            nnx.Dict(
-                {name: make(WIDTH, WIDTH) for name in ("q", "k", "v", "o")}
-                | {"gate": make(WIDTH, HIDDEN), "up": make(WIDTH, HIDDEN), "down": make(HIDDEN, WIDTH)}
-                | {"norm1": nnx.RMSNorm(WIDTH, rngs=rngs), "norm2": nnx.RMSNorm(WIDTH, rngs=rngs)}
-            )
-            for _ in range(layers)
-        ])  # fmt: skip
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        split = lambda x: x.reshape(*x.shape[:-1], HEADS, -1)
-        for p in self.layers:
-            h = p["norm1"](x)
-            q, k, v = (split(p[name](h)) for name in ("q", "k", "v"))
-            x = x + p["o"](jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape))
-            h = p["norm2"](x)
-            x = x + p["down"](nnx.silu(p["gate"](h)) * p["up"](h))
-        return x
+        return self.linear(x) + 1.0 * ((x @ self.a[...]) @ self.b[...])
 
 
 Traced = tuple[Callable[..., Any], Any, Any]
@@ -138,8 +112,10 @@ def linen(layers: int) -> tuple[Traced, Traced]:
 
 def in_nnx(layers: int) -> tuple[Traced, Traced]:
     x = jnp.ones((2, 24, WIDTH))
-    hand_graph, hand_state = nnx.split(NnxDecoder(layers, True, nnx.Rngs(0)))
-    graph, state = nnx.split(NnxDecoder(layers, False, nnx.Rngs(0)))
+    rngs = nnx.Rngs(0)
+    made = lambda make: nnx.split(others.Decoder(layers, WIDTH, HIDDEN, make, rngs))
+    hand_graph, hand_state = made(lambda n, features: NnxLinear(n, features, rngs))
+    graph, state = made(others.linear(rngs))
     params = jlora.wrap(nnx.as_pure(state), jlora.LoraSpec(rank=4))
     trainable, frozen = jlora.partition(params)
     is_factor = lambda path, _: path[-1] in ("a", "b")

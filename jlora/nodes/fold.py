@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
@@ -78,13 +79,14 @@ def _fold(base: Any, rest: Any, dtype: Any) -> tuple[jax.Array, Loss | None]:
 
 def _loss(value: Factored, merged: jax.Array) -> Loss:
     base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
-    rounded = value.base.astype(merged.dtype).astype(jnp.float32)
+    # XLA leaves out a rounding that is undone at once, unless something stands between.
+    made, rounded = lax.optimization_barrier((merged, base.astype(merged.dtype)))
     square = lambda x: jnp.sum(x * x)
     return Loss(
-        infinite=jnp.sum(jnp.isinf(merged) & jnp.isfinite(exact)),
+        infinite=jnp.sum(jnp.isinf(made) & jnp.isfinite(exact)),
         largest=jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0)),
         update=square(exact - base),
-        lost=square(merged.astype(jnp.float32) - rounded - (exact - base)),
+        lost=square(made.astype(jnp.float32) - rounded.astype(jnp.float32) - (exact - base)),
     )
 
 
@@ -95,7 +97,7 @@ def _warn(path: str, dtype: Any, loss: Loss) -> None:
             f"{loss.largest:.4g}, and that type ends at {float(jnp.finfo(dtype).max):.4g}; "
             "merge(tree, dtype=jnp.bfloat16) or float32 holds it"
         )
-    elif loss.lost > loss.update / 4:
+    elif loss.lost > loss.update / 4 > 0:
         told = (
             f"merge: rounding {path} to {dtype.name} loses {min((loss.lost / loss.update) ** 0.5, 1):.0%} of its "
             "adapter (the update is below the type's resolution); merge(tree, dtype=jnp.float32) keeps it"
