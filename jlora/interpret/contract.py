@@ -41,10 +41,10 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     if dot is None:
         return DECLINED
     given, x = x, dot.ends.before(x, computing(x.dtype, weight.base.dtype))
-    aside = interpreter.frame.copy(eqn.invars[is_left], x) if dot.path and x is given else x
     if dot.path and weight.merged is not None:
         interpreter.factored(weight, eqn, "dot", strategy="merged")
         return dot.ends.after(_merged(eqn, weight, is_left, x, dot.path))
+    aside = interpreter.frame.copy(eqn.invars[is_left], x) if dot.path and x is given else x
     y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
     h, group = middle_of(interpreter, eqn, is_left, aside, dot) if dot.path else (None, ())
     interpreter.factored(weight, eqn, "dot", group)
