@@ -130,6 +130,13 @@ def test_merging_beyond_a_type_says_so():
         jlora.merge(tree, dtype=jnp.bfloat16)
 
 
+def test_merging_beyond_a_type_without_infinity_says_so():
+    params = {"w": jnp.full((16, 8), 0.5)}
+    tree = randomised(jlora.wrap(params, jlora.LoraSpec(targets="*", axes=MATRIX, rank=2)), std=60.0)
+    with pytest.warns(jlora.MergePrecisionWarning, match=r"weights of w are NaN in float8_e4m3fn: .* ends at 448"):
+        jlora.merge(tree, dtype=jnp.float8_e4m3fn)
+
+
 def test_what_lies_between_the_factors_may_be_larger_than_half_precision():
     params = {"w": jnp.full((512, 4), 1e-3, jnp.float16)}
     tree = jlora.wrap(params, jlora.LoraSpec(targets="*", axes=MATRIX, rank=1, alpha=1))

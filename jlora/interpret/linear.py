@@ -14,22 +14,27 @@ import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from jlora.interpret.policies import seen_as
 from jlora.interpret.products import stand_in
 
 _linear = core.Primitive("frozen_product")
 
 
-def linear(forward: Callable[..., Any], product: Callable[..., Any], weight: Any, x: Any, *rest: Any) -> jax.Array:
+def linear(
+    written: Any, forward: Callable[..., Any], product: Callable[..., Any], weight: Any, x: Any, *rest: Any
+) -> jax.Array:
     """``forward(weight, x, *rest)``, whose derivative in x is that of `product`.
 
     Args:
+      written: the equation that it stands for, with the weight itself, for policies of `jax.checkpoint`.
       forward: the function of (weight, x, *rest) that is computed.
       product: the same function, linear in x, for its derivatives.
       weight: a tree of arrays; it is frozen, as `rest` is.
     """
     arrays, structure = jax.tree.flatten(weight)
     whole = lambda function: _Flat(function, structure, len(arrays))
-    return _linear.bind(*arrays, x, *rest, forward=whole(forward), product=whole(product), place=len(arrays))
+    functions = {"forward": whole(forward), "product": whole(product)}
+    return _linear.bind(*arrays, x, *rest, **functions, place=len(arrays), written=written)
 
 
 class _Flat:
@@ -40,6 +45,11 @@ class _Flat:
 
     def __call__(self, *operands: Any) -> Any:
         return self.function(jax.tree.unflatten(self.structure, operands[: self.n]), *operands[self.n :])
+
+
+def _written(eqn: Any) -> tuple[Any, Any, dict[str, Any]]:
+    written = eqn.params["written"]
+    return written.primitive, [v.aval for v in written.invars], written.params
 
 
 def _shape(*avals: Any, product: Callable[..., Any], **_: Any) -> Any:
@@ -77,6 +87,7 @@ _linear.def_abstract_eval(_shape)
 ad.primitive_jvps[_linear] = _jvp
 ad.primitive_transposes[_linear] = _transpose
 batching.primitive_batchers[_linear] = _batched
+seen_as(_linear, _written)
 mlir.register_lowering(
     _linear, mlir.lower_fun(lambda *operands, forward, **_: forward(*operands), multiple_results=False)
 )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
-from jax.interpreters import partial_eval as pe
 
 from jlora.interpret.bilinear import bilinear
 from jlora.interpret.lowrank import Forms, into
+from jlora.interpret.policies import seen_as
 from jlora.interpret.products import stand_in
 
 _product = core.Primitive("merged_product")
@@ -109,18 +108,11 @@ def _batched(operands: Any, axes: Any, *, form: Any, **_: Any) -> Any:
     return _bind(_Mapped(form, tuple(axes)), *operands), 0
 
 
-def _remat(saveable: Callable[..., Any], unknown: Any, here: Any, eqn: Any) -> Any:
-    """To policies of `jax.checkpoint` it is the product that the function wrote."""
-    missing = [v for v, is_here in zip(eqn.invars, here, strict=True) if isinstance(v, core.Var) and not is_here]
-    if any(unknown):
-        return None, eqn, [True], [True], missing
+def _written(eqn: Any) -> tuple[Any, Any, dict[str, Any]]:
     form = eqn.params["form"]
     while not isinstance(form, Product):
         form = form.of
-    answer = saveable(form.primitive, *(v.aval for v in eqn.invars[:2]), **dict(form.params))
-    if answer is False or type(answer).__name__ == "RecomputeType":
-        return eqn, eqn, [False], [True], missing
-    return eqn, None, [False], [False], []
+    return form.primitive, [v.aval for v in eqn.invars[:2]], dict(form.params)
 
 
 _product.def_impl(_evaluated)
@@ -128,5 +120,5 @@ _product.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals[0])
 ad.primitive_jvps[_product] = _jvp
 ad.primitive_transposes[_product] = _transpose
 batching.primitive_batchers[_product] = _batched
-pe.partial_eval_jaxpr_custom_rules[_product] = _remat
+seen_as(_product, _written)
 mlir.register_lowering(_product, mlir.lower_fun(_evaluated, multiple_results=False))

@@ -173,7 +173,7 @@ def _product(eqn: Any, values: list[Any], place: int) -> Any:
         return eightbits.faster(eqn, codes, place, exact)(codes, x)
 
     is_frozen = not jnp.issubdtype(x.dtype, jnp.inexact)
-    return forward(weight, x, *rest) if is_frozen else linear(forward, product, weight, x, *rest)
+    return forward(weight, x, *rest) if is_frozen else linear(eqn, forward, product, weight, x, *rest)
 
 
 def _stored_view(eqn: Any, values: Sequence[Any], places: list[int]) -> Any:

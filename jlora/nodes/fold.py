@@ -26,15 +26,15 @@ class Loss(NamedTuple):
     """What a type of fewer than 32 bits does not hold of a merged kernel.
 
     Args:
-      infinite: how many finite weights are infinite in it.
-      largest: of the weights.
       update, lost: the squared norms of the update, and of what rounding takes from it.
+      outside: how many finite weights it does not reach.
+      largest: of the weights, if it does not reach some.
     """
 
-    infinite: Any
-    largest: Any
     update: Any
     lost: Any
+    outside: Any
+    largest: Any
 
 
 def folded(path: str, node: Any, dtype: Any, donate: bool) -> Any:
@@ -80,20 +80,27 @@ def _fold(base: Any, rest: Any, dtype: Any) -> tuple[jax.Array, Loss | None]:
 def _loss(value: Factored, merged: jax.Array) -> Loss:
     base, exact = value.base.astype(jnp.float32), value.dense(jnp.float32)
     # XLA leaves out a rounding that is undone at once, unless something stands between.
-    made, rounded = lax.optimization_barrier((merged, base.astype(merged.dtype)))
+    made = lax.optimization_barrier(merged)
+    rounded = value.base if value.base.dtype == merged.dtype else lax.optimization_barrier(base.astype(merged.dtype))
     square = lambda x: jnp.sum(x * x)
-    return Loss(
-        infinite=jnp.sum(jnp.isinf(made) & jnp.isfinite(exact)),
-        largest=jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0)),
-        update=square(exact - base),
-        lost=square(made.astype(jnp.float32) - rounded.astype(jnp.float32) - (exact - base)),
-    )
+    lost = square(made.astype(jnp.float32) - rounded.astype(jnp.float32) - (exact - base))
+    nothing = lambda: (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    # One weight that the type does not reach makes the sum infinite or NaN: without one, nothing more is read.
+    return Loss(square(exact - base), lost, *lax.cond(jnp.isfinite(lost), nothing, lambda: _outside(value, merged)))
+
+
+def _outside(value: Factored, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
+    exact = value.dense(jnp.float32)
+    finite = jnp.isfinite(exact)
+    outside = jnp.sum(~jnp.isfinite(merged) & finite, dtype=jnp.int32)
+    return outside, jnp.max(jnp.where(finite, jnp.abs(exact), 0))
 
 
 def _warn(path: str, dtype: Any, loss: Loss) -> None:
-    if loss.infinite:
+    if loss.outside:
+        become = "infinite" if jnp.isinf(jnp.asarray(jnp.inf, dtype)) else "NaN"
         told = (
-            f"merge: {loss.infinite:.0f} weights of {path} are infinite in {dtype.name}: the largest is "
+            f"merge: {loss.outside:.0f} weights of {path} are {become} in {dtype.name}: the largest is "
             f"{loss.largest:.4g}, and that type ends at {float(jnp.finfo(dtype).max):.4g}; "
             "merge(tree, dtype=jnp.bfloat16) or float32 holds it"
         )

@@ -120,3 +120,28 @@ def test_a_product_is_linear_in_its_other_input(transform, dtype, is_adapted):
     np.testing.assert_allclose(jax.linear_transpose(product, x)(y)[0], scale * y @ weight, atol=2e-5)
     np.testing.assert_allclose(jax.grad(lambda x: jnp.vdot(product(x), y))(x), scale * y @ weight, atol=2e-5)
     np.testing.assert_allclose(jax.jvp(product, (x,), (y,))[1], scale * y @ weight.T, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "scan", "vmap"])
+def test_policies_of_remat_see_the_product_as_it_was_written(form):
+    """And save it or not, as on a dense base; not the numbers, which are made for each product."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
+    tree = jlora.wrap(jlora.quant.quantize(params, "int8", targets="*"), jlora.LoraSpec(targets="*", rank=2))
+    fn = lambda p, x: jnp.sin(jnp.sin(x @ p["w"]))
+    x = jnp.ones((8, 64))
+
+    def count(policy):
+        step = jax.checkpoint(jlora.apply(fn), policy=policy)
+        forms = {
+            "plain": step,
+            "scan": lambda tree, x: jax.lax.scan(lambda x, _: (step(tree, x), None), x, None, length=2)[0],
+            "vmap": lambda tree, x: jax.vmap(step, (None, 0))(tree, x[None]),
+        }
+        trainable, frozen = jlora.partition(tree)
+        loss = lambda trainable, x: forms[form](jlora.combine(trainable, frozen), x).sum()
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(trainable, x)).count("frozen_product[")
+
+    policies = jax.checkpoint_policies
+    saved = {count(policy) for policy in (policies.dots_saveable, policies.dots_with_no_batch_dims_saveable)}
+    assert saved == {count(policies.everything_saveable)}
+    assert count(policies.nothing_saveable) > count(policies.dots_saveable)
