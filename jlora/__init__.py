@@ -4,6 +4,9 @@
 factored cost, `optimizer` trains the adapters and holds the base, `merge` gives a plain tree again, W + scale * A @ B.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jlora import checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.convert import fold_and_restart, to_plain_lora
@@ -17,7 +20,17 @@ from jlora.tree import combine, labels, merge, partition, unwrap
 from jlora.variants.lora import LoraParam
 from jlora.wrap import wrap
 
+if TYPE_CHECKING:
+    from jlora import nnx
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "nnx":  # Flax's NNX is imported where it is used
+        raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    return importlib.import_module("jlora.nnx")
+
 
 __all__ = [
     "AdaptedParam",
@@ -37,6 +50,7 @@ __all__ = [
     "init",
     "labels",
     "merge",
+    "nnx",
     "optim",
     "optimizer",
     "partition",

@@ -72,15 +72,16 @@ def apply(
       strategy: how products with adapted kernels are computed. ``"factored"``: ``x @ W + s (x @ A) @ B``. ``"merged"``:
         ``x @ M`` with ``M = W + s A B`` made once a call, in the type of W, and gradients of A and B through the rank,
         without a dense one: for calls that use each kernel many times, as in a loop of decoding, and where tokens are
-        many and W is float32. It takes a second copy of the adapted kernels; a W of 16 bits rounds M, which loses an
-        adapter that is small beside it. ``"auto"``: the one that costs less without either loss, which is
-        ``"factored"`` on all hardware measured so far. With dropout on all are factored.
+        many and W is float32. M is a second copy of the adapted kernels, kept where gradients are taken; a W of 16 bits
+        rounds M, which loses an adapter that is small beside it. ``"auto"``: the one that costs less without either
+        loss, which is ``"factored"`` on all hardware measured so far. With dropout on all are factored.
 
     Returns:
       A function with the arguments and results of `fn`, to use under `jax.jit`, `jax.grad`, `jax.vmap`.
 
     Raises:
-      ValueError: if `fallback` is none of the three, or `strategy` is none of its three.
+      ValueError: if `fallback` is none of the three, or `strategy` is none of its three, or is ``"merged"`` under
+        ``freeze=False``.
       TypeError: if `rng` is no PRNG key.
       DenseFallbackError: when called, under ``fallback="error"``.
 
@@ -94,6 +95,11 @@ def apply(
         raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
     if strategy not in STRATEGIES:
         raise ValueError(f"apply: strategy must be one of {STRATEGIES}, found {strategy!r}")
+    if strategy == "merged" and not freeze:
+        raise ValueError(
+            'apply: strategy="merged" multiplies by W + s A B, through which no gradient goes to W; freeze=False takes '
+            'strategy="factored"'
+        )
     if rng is not None:
         checked_key("apply: rng", rng)
     settings = Settings(rng, freeze, native_dots, strategy == "merged")

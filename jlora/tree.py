@@ -29,9 +29,10 @@ def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
     Args:
       tree: a wrapped tree.
       dtype: of the merged kernels, and of quantised leaves, which become dense; None keeps each base's, and leaves
-        what is quantised and not adapted as it is.
+        what is quantised and not adapted as it is. Plain leaves keep their type in any case.
       donate: whether the bases' buffers become those of the merged kernels, so that no second copy of the model is
-        made; the bases of `tree` are deleted then. Kernels that change their type, and arrays that stand in the tree
+        made; the bases of `tree` are deleted then, and with them the arrays of the tree that was wrapped, which are
+        the same. Kernels that change their type, and arrays that stand in the tree
         more than once, are copied. Under jit it changes nothing: `jax.jit` has `donate_argnums`.
 
     Returns:
@@ -43,8 +44,9 @@ def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
         tree is one half of `partition`.
 
     Warns:
-      MergePrecisionWarning: if rounding to the kernel's type loses more than half of an adapter, or a sum is infinite
-        in it (seen only where the values are known, so not under jit).
+      MergePrecisionWarning: if the merged kernel has fewer than 32 bits and rounding to it takes more than half of an
+        adapter (of its Frobenius norm), or a sum is not finite in it. It is seen only where values are known, so not
+        under jit.
 
     Example:
       >>> import jax.numpy as jnp, jlora

@@ -10,7 +10,7 @@ AdaptedParam Axes DenseFallbackError DenseFallbackWarning LoraParam LoraSpec Mer
 combine explain fold_and_restart grad labels merge optimizer partition sites summary to_plain_lora unwrap
 value_and_grad wrap
 """.split()
-NAMESPACES = ["checkpoint", "init", "optim", "peft", "quant", "sharding", "variants"]
+NAMESPACES = ["checkpoint", "init", "nnx", "optim", "peft", "quant", "sharding", "variants"]
 
 
 def test_public_names():

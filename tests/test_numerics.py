@@ -130,6 +130,13 @@ def test_merging_beyond_a_type_says_so():
         jlora.merge(tree, dtype=jnp.bfloat16)
 
 
+def test_merging_beyond_the_type_of_the_sum_says_so():
+    params = {"w": jnp.full((16, 8), 3.3e38, jnp.bfloat16)}
+    tree = randomised(jlora.wrap(params, jlora.LoraSpec(targets="*", axes=MATRIX, rank=2)), std=3e18)
+    with pytest.warns(jlora.MergePrecisionWarning, match=r"of w are infinite in bfloat16: .* ends at 3.39e\+38"):
+        jlora.merge(tree)
+
+
 def test_merging_beyond_a_type_without_infinity_says_so():
     params = {"w": jnp.full((16, 8), 0.5)}
     tree = randomised(jlora.wrap(params, jlora.LoraSpec(targets="*", axes=MATRIX, rank=2)), std=60.0)

@@ -27,7 +27,7 @@ class Loss(NamedTuple):
 
     Args:
       update, lost: the squared norms of the update, and of what rounding takes from it.
-      outside: how many finite weights it does not reach.
+      outside: how many weights are not finite in it, of those whose base is.
       largest: of the weights, if it does not reach some.
     """
 
@@ -92,7 +92,7 @@ def _loss(value: Factored, merged: jax.Array) -> Loss:
 def _outside(value: Factored, merged: jax.Array) -> tuple[jax.Array, jax.Array]:
     exact = value.dense(jnp.float32)
     finite = jnp.isfinite(exact)
-    outside = jnp.sum(~jnp.isfinite(merged) & finite, dtype=jnp.int32)
+    outside = jnp.sum(~jnp.isfinite(merged) & jnp.isfinite(value.base.astype(jnp.float32)), dtype=jnp.int32)
     return outside, jnp.max(jnp.where(finite, jnp.abs(exact), 0))
 
 

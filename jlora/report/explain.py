@@ -201,7 +201,9 @@ def _by_strategy(uses: Sequence[Use]) -> list[str]:
     if merged >= factored:
         return []
     ratios = f"factored {factored / frozen:.3f}x, merged {merged / frozen:.3f}x"
-    return [f'training FLOPs, estimated, over frozen products\': {ratios} (apply(..., strategy="merged"))']
+    return [
+        f'training FLOPs, estimated, over frozen products\': {ratios} (apply(..., strategy="merged"), which rounds W + s A B to the type of W)'
+    ]
 
 
 class _Cost(NamedTuple):

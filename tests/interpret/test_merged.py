@@ -161,6 +161,8 @@ def test_losses_of_all_strategies_agree_over_200_steps():
 def test_a_strategy_of_another_name_is_refused():
     with pytest.raises(ValueError, match="strategy must be one of"):
         jlora.apply(plain, strategy="fused")
+    with pytest.raises(ValueError, match=r"no gradient goes to W; freeze=False takes strategy=\"factored\""):
+        jlora.apply(plain, strategy="merged", freeze=False)
 
 
 def test_explain_estimates_each_strategy():

@@ -8,12 +8,16 @@ import warnings
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 import qwix
 from flax import nnx
 
+import jlora
 from tests.others import support
 from tests.others.support import RANK
+from tests.support import error
 
 pytest.importorskip("tunix")
 with warnings.catch_warnings():
@@ -135,3 +139,29 @@ def test_it_costs_no_more_than_qwix(name):
 @every_family
 def test_adapter_files(family, tmp_path):
     support.check_files(tmp_path, family.tree, family.names)
+
+
+@dense_families
+def test_the_module_itself(name):
+    """`jlora.nnx.wrap` of the model: its call is that of the tree, and NNX's own loop trains it."""
+    family = FAMILIES[name]
+    spec = jlora.LoraSpec(rank=RANK, exclude=family.exclude)
+    model = nnx.merge(*family.split)
+    sites = jlora.nnx.sites(model, TOKENS, POSITIONS, None, MASK)
+    adapted = jlora.nnx.wrap(model, spec, sites=sites, fallback="error")
+    optimizer = nnx.Optimizer(adapted, optax.adam(1e-2), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, tokens):
+        loss = lambda model: support.cross_entropy(model(tokens, POSITIONS, None, MASK)[0], tokens)
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+        return value
+
+    first, last = [float(step(adapted, optimizer, TOKENS)) for _ in range(4)][::3]
+    np.testing.assert_allclose(first, family.loss(family.split[1], TOKENS), rtol=1e-5)
+    assert last < first
+    logits = lambda model: model(TOKENS, POSITIONS, None, MASK)[0]
+    tree = jlora.nnx.tree(adapted)
+    assert error(logits(adapted), jlora.apply(family.predict)(tree, TOKENS)) <= 1e-5
+    assert error(logits(adapted), logits(jlora.nnx.merge(adapted))) <= 1e-4

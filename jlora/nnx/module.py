@@ -1,0 +1,158 @@
+"""The modules that stand for an adapted model, and for a part of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jlora.nnx.calls import run
+
+OWN = ("base_model", "lora_params", "lora_rngs", "lora_types", "lora_settings", "deterministic")
+
+
+class _Seen(nnx.Module):
+    """What is seen of a model through its adapters: calls and methods run with them, attributes are the model's own."""
+
+    def _whole(self) -> Adapted:
+        raise NotImplementedError
+
+    def _steps(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def _plain(self) -> Any:
+        """The part of the model that is seen, without adapters."""
+        return _part_of(self._whole().base_model, self._steps())
+
+    def _run(self, fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
+        steps, whole = self._steps(), self._whole()
+        on_part = lambda model, *args, **kwargs: fn(_part_of(model, steps), *args, **kwargs)
+        return _with_parts(whole, run(whole, on_part, args, kwargs or {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(lambda part, *args, **kwargs: part(*args, **kwargs), args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("_pytree__", "__")) or name in OWN:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        plain = self._plain()
+        found = inspect.getattr_static(type(plain), name, None)
+        if isinstance(found, property):
+            return self._run(lambda part: getattr(part, name))
+        value = getattr(plain, name)
+        if not inspect.ismethod(value) or value.__self__ is not plain:
+            return _with_parts(self._whole(), value)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._run(lambda part, *args, **kwargs: getattr(part, name)(*args, **kwargs), args, kwargs)
+
+        method.__name__, method.__doc__ = name, value.__doc__
+        return method
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._plain())})
+
+
+class Adapted(_Seen):
+    """An NNX model with adapters, as `jlora.nnx.wrap` returns it.
+
+    It is called as the model was, and so are its other methods; submodules are seen through the adapters too
+    (`model.encoder(x)`), and attributes that are set are those of the model. Batch statistics, caches and dropout
+    streams change in a call as they do in one of the model.
+
+    Attributes:
+      base_model: the model; a leaf that is trained in full is an `nnx.LoRAParam` in it.
+      lora_params: the adapters by path: `nnx.LoRAParam`s, and `FrozenParam`s of methods that hold a part of themselves.
+      lora_rngs: the stream of the adapters' dropout; None without.
+      deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it.
+    """
+
+    def __init__(self, model: Any, params: Any, *, rngs: Any, types: Any, settings: Mapping[str, Any]):
+        self.base_model = model
+        self.lora_params = nnx.data(params)
+        self.lora_rngs = nnx.data(rngs)
+        self.lora_types = nnx.static(tuple(types))
+        self.lora_settings = nnx.static(tuple(settings.items()))
+        self.deterministic = False
+
+    def _whole(self) -> Adapted:
+        return self
+
+    def _steps(self) -> tuple[Any, ...]:
+        return ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OWN or name.startswith("_pytree__"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_model, name, value)
+
+    def train(self, **attributes: Any) -> None:
+        """Switches the model to training, and the adapters' dropout on."""
+        self.base_model.train(**attributes)
+        self.deterministic = False
+
+    def eval(self, **attributes: Any) -> None:
+        """Switches the model to evaluation, and the adapters' dropout off."""
+        self.base_model.eval(**attributes)
+        self.deterministic = True
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switches the adapters' dropout in an `nnx.view`."""
+        self.deterministic = self.deterministic if deterministic is None else deterministic
+
+
+class Part(_Seen):
+    """A submodule of an adapted model, seen through its adapters; or a list or dict of such.
+
+    Attributes:
+      lora_whole: the adapted model.
+      lora_steps: where it is in the model.
+    """
+
+    def __init__(self, whole: Adapted, steps: tuple[Any, ...]):
+        self.lora_whole = whole
+        self.lora_steps = nnx.static(steps)
+
+    def _whole(self) -> Adapted:
+        return self.lora_whole
+
+    def _steps(self) -> tuple[Any, ...]:
+        return self.lora_steps
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lora_whole", "lora_steps") or name.startswith("_pytree__"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._plain(), name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _with_parts(self._whole(), self._plain()[key])
+
+    def __len__(self) -> int:
+        return len(self._plain())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([_with_parts(self._whole(), x) for x in self._plain()])
+
+
+def _part_of(model: Any, steps: tuple[Any, ...]) -> Any:
+    for step in steps:
+        model = getattr(model, step) if isinstance(step, str) and hasattr(model, step) else model[step]
+    return model
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, nnx.Module)
+
+
+def _with_parts(whole: Adapted, value: Any) -> Any:
+    """A value with each module of the model in it as a `Part`: called by itself it would run without adapters."""
+    if not any(map(_is_module, jax.tree.leaves(value, is_leaf=_is_module))):
+        return value
+    places = {id(node): path for path, node in nnx.iter_graph(whole.base_model) if _is_module(node)}
+    see = lambda x: Part(whole, places[id(x)]) if _is_module(x) and id(x) in places else x
+    return jax.tree.map(see, value, is_leaf=_is_module)
