@@ -28,6 +28,7 @@ from jlora.nodes.checks import check_fit, check_value
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import is_node, is_unit
 from jlora.nodes.qarray import is_qarray
+from jlora.targets.named import Names, named
 from jlora.targets.paths import checked_key, flatten, in_order_of, refill
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
@@ -46,10 +47,11 @@ class DenseFallbackError(ValueError):
 
 def apply(
     fn: Callable[..., Any],
-    *,
+    *args: Any,
     rng: jax.Array | None = None,
     fallback: str = "warn",
     freeze: bool = True,
+    train: Names = (),
     native_dots: bool = False,
     strategy: str = "auto",
 ) -> Callable[..., Any]:
@@ -66,6 +68,7 @@ def apply(
       rng: a PRNG key that switches the adapters' dropout on.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
+      train: patterns of plain leaves of parameter trees that do not: see `jlora.value_and_grad`.
       native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it), of
         tiles of 128 or more, are computed in 8 bits: their inputs are rounded to as many, row by row; gradients are
         those of the exact product. Elsewhere it changes nothing.
@@ -82,7 +85,8 @@ def apply(
     Raises:
       ValueError: if `fallback` is none of the three, or `strategy` is none of its three, or is ``"merged"`` under
         ``freeze=False``.
-      TypeError: if `rng` is no PRNG key.
+      TypeError: if `rng` is no PRNG key, or the arguments of `fn` are given here; when called, if `fn` returns an
+        object that hides an array.
       DenseFallbackError: when called, under ``fallback="error"``.
 
     Example:
@@ -91,6 +95,8 @@ def apply(
       >>> jlora.apply(lambda params, x: x @ params["kernel"])(params, jnp.ones((5, 4))).shape
       (5, 3)
     """
+    if args or not callable(fn):
+        raise TypeError("apply takes the function alone and returns one: jlora.apply(fn)(params, x)")
     if fallback not in FALLBACKS:
         raise ValueError(f"apply: fallback must be one of {FALLBACKS}, found {fallback!r}")
     if strategy not in STRATEGIES:
@@ -102,7 +108,7 @@ def apply(
         )
     if rng is not None:
         checked_key("apply: rng", rng)
-    settings = Settings(rng, freeze, native_dots, strategy == "merged")
+    settings = Settings(rng, freeze, native_dots, strategy == "merged", train)
     run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), settings)
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
 
@@ -114,6 +120,7 @@ class Settings(NamedTuple):
     freeze: bool = True
     native_dots: bool = False
     merged: bool = False
+    train: Names = ()
 
 
 def run_on_wrapped(
@@ -132,7 +139,7 @@ def run_on_wrapped(
     for i in places:
         _check(_inside(paths[i]), leaves[i])
     if settings.freeze:
-        leaves = _frozen((args, kwargs), leaves)
+        leaves = _frozen((args, kwargs), paths, leaves, settings.train)
     values = [_value(_inside(paths[i]), leaves[i], _key(settings.rng, paths[i], leaves[i]), settings) for i in places]
     arguments_of = refill(treedef, leaves, places)
     result: list[Any] = []
@@ -194,14 +201,23 @@ def _array(x: Any, aval: Any) -> Any:
     return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
 
 
-def _frozen(arguments: tuple[Any, Any], leaves: list[Any]) -> list[Any]:
-    """Stops the gradient of what is frozen in each argument that holds a node."""
+def _frozen(arguments: tuple[Any, Any], paths: list[str], leaves: list[Any], train: Names) -> list[Any]:
+    """Stops the gradient of what is frozen in each argument that holds a node, but for leaves that `train` names."""
     args, kwargs = arguments
     frozen: list[Any] = []
+    of_trees: dict[str, Any] = {}
     for argument in (*args, *(kwargs[name] for name in sorted(kwargs))):
-        part = leaves[len(frozen) : len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_unit))]
-        frozen += [_stopped(leaf) for leaf in part] if any(map(is_unit, part)) else part
-    return frozen
+        here = slice(len(frozen), len(frozen) + len(jax.tree.leaves(argument, is_leaf=is_unit)))
+        is_tree = any(map(is_unit, leaves[here]))
+        of_trees |= dict(zip(paths[here], leaves[here], strict=True)) if is_tree else {}
+        frozen += [_stopped(leaf) for leaf in leaves[here]] if is_tree else leaves[here]
+    if isinstance(train, tuple) and not train:
+        return frozen
+    inside = {_inside(path): leaf for path, leaf in of_trees.items()}
+    kinds = ({path: x for path, x in inside.items() if is_node(x) == kind} for kind in (False, True))
+    names = named(train, *kinds)
+    pairs = zip(paths, leaves, frozen, strict=True)
+    return [leaf if path in of_trees and _inside(path) in names else stopped for path, leaf, stopped in pairs]
 
 
 def _stopped(leaf: Any) -> Any:

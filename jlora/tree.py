@@ -15,7 +15,8 @@ from jlora.nodes import qarray
 from jlora.nodes.checks import check_fit, check_whole
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.fold import folded
-from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.node import TrainableParam, is_node, is_unit
+from jlora.targets.named import Names, named
 from jlora.targets.paths import flatten
 
 TRAINABLE, FROZEN = "trainable", "frozen"
@@ -114,8 +115,12 @@ def unwrap(tree: Any) -> Any:
     return treedef.unflatten([leaf.base if is_node(leaf) else leaf for leaf in leaves])
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
+def partition(tree: Any, *, train: Names = ()) -> tuple[Any, Any]:
     """Splits a wrapped tree into ``(trainable, frozen)``: its own structure twice, None where the other has a leaf.
+
+    Args:
+      tree: a wrapped tree, which may have plain leaves beside.
+      train: patterns of plain leaves that train too, as in ``LoraSpec(train=...)``: see `jlora.value_and_grad`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -125,7 +130,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
       [(4, 2), (2, 3)]
     """
     keep = lambda wanted: lambda leaf, label: leaf if label == wanted else None
-    marks = labels(_wrapped("partition", tree))
+    marks = labels(_wrapped("partition", tree), train=train)
     return jax.tree.map(keep(TRAINABLE), tree, marks), jax.tree.map(keep(FROZEN), tree, marks)
 
 
@@ -190,9 +195,43 @@ def _either(path: str, a: Any, b: Any) -> Any:
     return b if a is None else a
 
 
-def labels(tree: Any) -> Any:
-    """A tree of the same structure with ``"trainable"`` or ``"frozen"`` for each leaf, for `optax.multi_transform`."""
-    return label_fields(tree, lambda field: TRAINABLE if field.metadata.get("trained") else FROZEN)
+def labels(tree: Any, *, train: Names = ()) -> Any:
+    """A tree of the same structure with ``"trainable"`` or ``"frozen"`` for each leaf, for `optax.multi_transform`.
+
+    Args:
+      tree: a wrapped tree.
+      train: patterns of plain leaves that train too.
+    """
+    whole, names = with_named(tree, train)
+    marks = label_fields(whole, lambda field: TRAINABLE if field.metadata.get("trained") else FROZEN)
+    return without_named(marks, names)
+
+
+def with_named(tree: Any, train: Names) -> tuple[Any, frozenset[str]]:
+    """The tree with the plain leaves that `train` names as nodes that train in full, and their paths."""
+    if isinstance(train, tuple) and not train:
+        return tree, frozenset()
+    paths, leaves, _ = flatten(tree, is_unit)
+    pairs = list(zip(paths, leaves, strict=True))
+    plain, adapted = ({path: x for path, x in pairs if is_node(x) == kind} for kind in (False, True))
+    names = frozenset(named(train, plain, adapted))
+    return as_named(tree, names), names
+
+
+def as_named(tree: Any, names: frozenset[str]) -> Any:
+    """The tree with nodes that train in full at these paths."""
+    if not names:
+        return tree
+    paths, leaves, treedef = flatten(tree, _is_part)
+    return treedef.unflatten([TrainableParam(x) if path in names else x for path, x in zip(paths, leaves, strict=True)])
+
+
+def without_named(tree: Any, names: frozenset[str]) -> Any:
+    """The inverse of `as_named`."""
+    if not names:
+        return tree
+    paths, leaves, treedef = flatten(tree, _is_part)
+    return treedef.unflatten([x.base if path in names else x for path, x in zip(paths, leaves, strict=True)])
 
 
 def label_fields(tree: Any, label: Callable[[dataclasses.Field], str]) -> Any:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from jlora.optim.fit import Unchanged, check_gradients, check_state, same_shapes, shapes_of
-from jlora.tree import FROZEN, TRAINABLE, combine, has_nodes, label_fields, labels, partition
+from jlora.optim.fit import Unchanged, check_gradients, check_state, is_hole, same_shapes, shapes_of
+from jlora.targets.named import Names
+from jlora.tree import (
+    FROZEN,
+    TRAINABLE,
+    as_named,
+    combine,
+    has_nodes,
+    label_fields,
+    labels,
+    partition,
+    with_named,
+    without_named,
+)
 
 TRAINABLE_B = "trainable_b"
 
 
 def optimizer(
-    tx: optax.GradientTransformation, tree: Any, *, b_lr_ratio: float | None = None
+    tx: optax.GradientTransformation, tree: Any, *, b_lr_ratio: float | None = None, train: Names = ()
 ) -> optax.GradientTransformationExtraArgs:
     """An `optax.multi_transform` that trains the adapters with `tx` and holds every other leaf as it is.
 
@@ -31,6 +43,9 @@ def optimizer(
     Transformations that wrap others (`optax.MultiSteps`, `optax.apply_if_finite`) go inside, as `tx`: outside they keep
     arrays for the frozen leaves too, and refuse gradients with None. Those that come before, such as
     `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
+
+    More arguments of ``update`` are handed on: `value`, `grad` and `value_fn` of `optax.lbfgs` and of line searches. A
+    tree among them is seen as the updates are, and a function is given whole trees.
 
     On the trainable half a transformation works by itself. So do those whose functions take the state together with
     the parameters, as schedule-free ones, which are evaluated at their average::
@@ -46,6 +61,7 @@ def optimizer(
       tx: any optax transformation.
       tree: a wrapped tree.
       b_lr_ratio: multiplies the updates of each ``lora_b`` (LoRA+; 16 is the paper's advice).
+      train: patterns of plain leaves of the tree that train too: see `value_and_grad`.
 
     Raises:
       TypeError: if `tx` is no transformation, or the arguments are swapped.
@@ -62,6 +78,7 @@ def optimizer(
       Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
     """
     _check_transformation(tx, tree)
+    tree, names = with_named(tree, train)
     _check_trains(tree)
     if b_lr_ratio is not None:
         _check_ratio(b_lr_ratio, tree)
@@ -71,24 +88,49 @@ def optimizer(
     shapes = shapes_of(tree)
 
     def init(params: Any) -> Any:
+        params = as_named(params, names)
         _check_trains(params)
         return inner.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        whole, of = (
-            (shapes, "the tree that jlora.optimizer was given") if params is None else (params, "the parameters")
-        )
+        updates, given = as_named(updates, names), None if params is None else as_named(params, names)
+        whole, of = (shapes, "the tree that jlora.optimizer was given") if params is None else (given, "the parameters")
         check_gradients("optimizer", updates, whole, of, shapes=params is not None)
+        extra = {name: _of_trainable(value, whole, names) for name, value in extra.items()}
         try:
-            updates, after = inner.update(_without_frozen(updates, whole), state, params, **extra)
+            updates, after = inner.update(_without_frozen(updates, whole), state, given, **extra)
         except Exception:
             check_state(state, inner.init, whole)
             raise
         if not same_shapes(state, after):  # arrays of another shape may broadcast
             check_state(state, inner.init, whole)
-        return _hold(updates), after
+        return without_named(_hold(updates), names), after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_trainable(extra: Any, whole: Any, names: frozenset[str]) -> Any:
+    """An argument of `update` as a transformation of the trainable leaves takes it: a tree masked, a function of one.
+
+    Args:
+      extra: the argument.
+      whole: the parameters.
+      names: of the plain leaves that train too.
+    """
+    marks = labels(whole)
+    pick = lambda mark, x: x if mark == TRAINABLE else optax.MaskedNode()
+    fill = lambda mark, x, own: x if mark == TRAINABLE else own
+    if callable(extra):
+
+        @functools.wraps(extra)
+        def of_masked(masked: Any, *args: Any, **kwargs: Any) -> Any:
+            tree = jax.tree.map(fill, marks, masked, whole, is_leaf=is_hole)
+            return extra(without_named(tree, names), *args, **kwargs)
+
+        return of_masked
+    structure = lambda x: jax.tree.structure(x, is_leaf=is_hole)
+    tree = as_named(extra, names) if structure(extra) == structure(without_named(whole, names)) else extra
+    return jax.tree.map(pick, marks, _without_frozen(tree, whole)) if structure(tree) == structure(whole) else extra
 
 
 def _check_transformation(tx: Any, tree: Any) -> None:
@@ -138,16 +180,37 @@ def _check_ratio(ratio: Any, tree: Any) -> None:
         raise ValueError(f"optimizer: no lora_b in this tree trains, so b_lr_ratio={ratio!r} would do nothing")
 
 
-def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
-    """Like `jax.value_and_grad`, for the trainable leaves of the first argument only.
+def value_and_grad(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, has_aux: bool = False, train: Names = ()
+) -> Callable[..., Any]:
+    """Like `jax.value_and_grad`, for what trains of a wrapped tree.
+
+    Arguments that are no wrapped trees have the gradients that JAX gives them: inputs, soft prompts. A soft prompt may
+    also stand beside the tree, as one of its leaves. There a plain leaf is frozen, unless it is named::
+
+        params = {"model": jlora.wrap(model, spec), "prompt": jnp.zeros((8, 512))}
+
+        def loss(params, tokens):
+            forward = lambda params, tokens: ...  # puts params["prompt"] before the tokens' embeddings
+            return jlora.apply(forward, train="prompt")(params, tokens)
+
+        grads = jlora.grad(loss, train="prompt")(params, tokens)
+        tx = jlora.optimizer(optax.adamw(1e-3), params, train="prompt")
 
     Args:
       loss: a scalar function of a wrapped tree and more arguments, which calls its model through `jlora.apply`.
+      argnums: which arguments the gradients are of, one of which is a wrapped tree; with several, or a tuple, there is
+        a tuple of gradients.
       has_aux: whether `loss` returns ``(value, aux)``.
+      train: patterns of plain leaves of wrapped trees that train too, as in ``LoraSpec(train=...)``.
 
     Returns:
       A function with the arguments of `loss` that returns its value and the gradients: the structure of the wrapped
       tree with None at the frozen leaves.
+
+    Raises:
+      TypeError: when called, if no such argument is wrapped, or `argnums` names no argument.
+      ValueError: when called, if `train` matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -156,25 +219,50 @@ def value_and_grad(loss: Callable[..., Any], *, has_aux: bool = False) -> Callab
       >>> value, grads = jlora.value_and_grad(loss)(params, jnp.ones((5, 4)))
       >>> [g.shape for g in jax.tree.leaves(grads)]
       [(4, 2), (2, 3)]
+      >>> value, (grads, of_x) = jlora.value_and_grad(loss, argnums=(0, 1))(params, jnp.ones((5, 4)))
+      >>> of_x.shape
+      (5, 4)
     """
+    several = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(loss)
-    def with_grad(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        if not has_nodes(tree):
-            raise TypeError("value_and_grad, grad: no leaf of the first argument is wrapped; pass jlora.wrap's result")
-        trainable, frozen = partition(tree)
-        whole = lambda part: loss(combine(part, frozen), *args, **kwargs)
-        return jax.value_and_grad(whole, has_aux=has_aux)(trainable)
+    def with_grad(*args: Any, **kwargs: Any) -> Any:
+        places = [_place(i, args) for i in several]
+        wrapped = [i for i in places if has_nodes(args[i])]
+        if not wrapped:
+            which = "the first argument" if several == (0,) else f"the arguments {several}"
+            raise TypeError(f"value_and_grad, grad: no leaf of {which} is wrapped; pass jlora.wrap's result")
+        halves = {i: partition(args[i], train=train) for i in wrapped}
+
+        def of(*given: Any) -> Any:
+            now = dict(zip(places, given, strict=True))
+            whole = lambda i, x: combine(now[i], halves[i][1]) if i in halves else now.get(i, x)
+            return loss(*(whole(i, x) for i, x in enumerate(args)), **kwargs)
+
+        given = [halves[i][0] if i in halves else args[i] for i in places]
+        value, grads = jax.value_and_grad(of, argnums=tuple(range(len(places))), has_aux=has_aux)(*given)
+        return value, grads[0] if isinstance(argnums, int) else grads
 
     return with_grad
 
 
-def grad(loss: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
-    """Like `jax.grad`, for the trainable leaves of the first argument only; see `value_and_grad`."""
+def _place(i: int, args: Sequence[Any]) -> int:
+    if isinstance(i, bool) or not isinstance(i, int) or not -len(args) <= i < len(args):
+        raise TypeError(f"value_and_grad, grad: argnums has {i!r}, and there are {len(args)} positional arguments")
+    return i % len(args)
+
+
+def grad(
+    loss: Callable[..., Any], *, argnums: int | Sequence[int] = 0, has_aux: bool = False, train: Names = ()
+) -> Callable[..., Any]:
+    """Like `jax.grad`, for what trains of a wrapped tree; see `value_and_grad`.
+
+    With `has_aux` the function returns ``(gradients, aux)``.
+    """
 
     @functools.wraps(loss)
-    def only_grad(tree: Any, *args: Any, **kwargs: Any) -> Any:
-        value, grads = value_and_grad(loss, has_aux=has_aux)(tree, *args, **kwargs)
+    def only_grad(*args: Any, **kwargs: Any) -> Any:
+        value, grads = value_and_grad(loss, argnums=argnums, has_aux=has_aux, train=train)(*args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return only_grad

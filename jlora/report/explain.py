@@ -201,9 +201,8 @@ def _by_strategy(uses: Sequence[Use]) -> list[str]:
     if merged >= factored:
         return []
     ratios = f"factored {factored / frozen:.3f}x, merged {merged / frozen:.3f}x"
-    return [
-        f'training FLOPs, estimated, over frozen products\': {ratios} (apply(..., strategy="merged"), which rounds W + s A B to the type of W)'
-    ]
+    by = 'apply(..., strategy="merged"), which rounds W + s A B to the type of W'
+    return [f"training FLOPs, estimated, over frozen products': {ratios} ({by})"]
 
 
 class _Cost(NamedTuple):
