@@ -10,8 +10,8 @@ import importlib.util
 import subprocess
 import sys
 
-ALL = ("residuals", "temporaries", "tpu_cycles", "step_time", "tracing", "merge")
-NEEDS = {"tpu_cycles": "libtpu"}
+ALL = ("residuals", "temporaries", "tpu_cycles", "fused_kernel", "step_time", "tracing", "merge")
+NEEDS = {"tpu_cycles": "libtpu", "fused_kernel": "libtpu"}
 
 
 def main() -> int:

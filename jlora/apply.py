@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import threading
 import types
 import warnings
@@ -65,7 +66,8 @@ def apply(
     Args:
       fn: any function. An argument that contains a wrapped node, or a quantised leaf, is a parameter tree;
         others are passed on as they are.
-      rng: a PRNG key that switches the adapters' dropout on.
+      rng: a PRNG key that switches the adapters' dropout on. Without it a tree that has dropout is told of once, in the
+        log ``jlora``.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
       train: patterns of plain leaves of parameter trees that do not: see `jlora.value_and_grad`.
@@ -108,9 +110,14 @@ def apply(
         )
     if rng is not None:
         checked_key("apply: rng", rng)
-    settings = Settings(rng, freeze, native_dots, strategy == "merged", train)
-    run = functools.partial(run_on_wrapped, fn, _interpreter(fallback), settings)
+    settings = Settings(rng, freeze, native_dots, strategy == "merged", train, tells_dropout=True)
+    run = applied(fn, fallback, settings)
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
+
+
+def applied(fn: Callable[..., Any], fallback: str, settings: Settings) -> Callable[..., Any]:
+    """As `apply`, of settings that are known to be right."""
+    return functools.partial(run_on_wrapped, fn, _interpreter(fallback), settings)
 
 
 class Settings(NamedTuple):
@@ -121,6 +128,7 @@ class Settings(NamedTuple):
     native_dots: bool = False
     merged: bool = False
     train: Names = ()
+    tells_dropout: bool = False
 
 
 def run_on_wrapped(
@@ -135,9 +143,12 @@ def run_on_wrapped(
     paths, leaves, treedef = flatten((args, kwargs), is_unit)
     places = [i for i, leaf in enumerate(leaves) if is_unit(leaf)]
     if not places:
+        _INNER.add(settings)
         return fn(*args, **kwargs)
     for i in places:
         _check(_inside(paths[i]), leaves[i])
+    if settings.tells_dropout and settings.rng is None and any(getattr(leaf, "dropout", 0) for leaf in leaves):
+        _tell_dropout_is_off()
     if settings.freeze:
         leaves = _frozen((args, kwargs), paths, leaves, settings.train)
     values = [_value(_inside(paths[i]), leaves[i], _key(settings.rng, paths[i], leaves[i]), settings) for i in places]
@@ -162,6 +173,14 @@ def run_on_wrapped(
     computed = iter([_array(x, aval) for x, aval in zip(arrays, jaxpr.out_avals, strict=True)])
     kept, outdef, ordered = result
     return in_order_of(outdef.unflatten([next(computed) if x is _COMPUTED else x for x in kept]), ordered)
+
+
+@functools.cache
+def _tell_dropout_is_off() -> None:
+    """Once in a process: not a warning, since evaluation is meant to be so."""
+    logging.getLogger("jlora").warning(
+        "jlora.apply: the spec has dropout, and no rng was given, so it is off; for training, apply(fn, rng=key)"
+    )
 
 
 def _check_result(x: Any) -> None:
@@ -258,6 +277,30 @@ def _densify(fallback: str, interpreter: Interpreter, weight: Factored, eqn: Any
             raise DenseFallbackError(found.told([place]))
         _FALLBACKS.add(found, place)
     return weight.dense()
+
+
+class _Inner(threading.local):
+    """The settings of calls that find nothing wrapped, as those within a function that is explained."""
+
+    def __init__(self) -> None:
+        self.found: list[Settings] | None = None
+
+    def add(self, settings: Settings) -> None:
+        if self.found is not None:
+            self.found.append(settings)
+
+
+_INNER = _Inner()
+
+
+@contextlib.contextmanager
+def inner_settings() -> Iterator[list[Settings]]:
+    """The settings of the calls of `apply` within, that are given plain trees."""
+    before, _INNER.found = _INNER.found, []
+    try:
+        yield _INNER.found
+    finally:
+        _INNER.found = before
 
 
 class _Fallback(NamedTuple):

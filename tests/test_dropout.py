@@ -345,3 +345,18 @@ def test_the_names_of_masks_in_a_program():
 
     text = jax.jit(functools.partial(drop, fn)).lower({"w": show()}, ONES).as_text(dialect="hlo", debug_info=True)
     assert re.search(r'op_name="[^"]*mine/[^"]*(random_bits|bernoulli)', text)
+
+
+def test_dropout_that_is_off_is_told_once(caplog):
+    from jlora.apply import _tell_dropout_is_off
+
+    _tell_dropout_is_off.cache_clear()
+    tree = jlora.wrap({"kernel": jnp.ones((4, 4))}, jlora.LoraSpec(rank=2, dropout=0.1))
+    fn = lambda p, x: x @ p["kernel"]
+    jlora.apply(fn, rng=jax.random.key(0))(tree, jnp.ones((2, 4)))
+    assert not caplog.records
+    for _ in range(2):
+        jlora.apply(fn)(tree, jnp.ones((2, 4)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "jlora.apply: the spec has dropout, and no rng was given, so it is off; for training, apply(fn, rng=key)"
+    ]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jlora.apply import apply
+from jlora.apply import Settings, applied
 from jlora.nnx.unchanged import unchanged
 from jlora.nnx.variables import as_node, is_variable, value_of
 from jlora.nodes.node import TrainableParam, is_node
@@ -56,6 +56,7 @@ def run(adapted: Any, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, An
     """``fn(model, *args, **kwargs)`` with the adapters: what it changes in the model or in its arguments is changed."""
     nodes = nodes_of(adapted)
     rng = adapted.lora_rngs.lora() if adapted.lora_rngs is not None and not adapted.deterministic else None
+    settings = Settings(rng=rng, **dict(adapted.lora_settings))
     after: list[Any] = []
 
     def on_bases(bases: Any) -> Any:
@@ -82,7 +83,7 @@ def run(adapted: Any, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, An
         with nnx.split_context(_TAG) as context:
             graphdef, leaves = context.flatten((adapted.base_model, args, kwargs))
         before = {path: _raw(x) for path, x in zip(leaves.paths, leaves.leaves, strict=True)}
-        result, made = apply(on_bases, rng=rng, **dict(adapted.lora_settings))(tree_of(adapted))
+        result, made = applied(on_bases, adapted.lora_fallback, settings)(tree_of(adapted))
         if not after:  # nothing changed
             return result
         structure, kept, paths = after

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jlora.nnx.calls import run
 
-OWN = ("base_model", "lora_params", "lora_rngs", "lora_types", "lora_settings", "deterministic")
+OWN = ("base_model", "lora_params", "lora_rngs", "lora_types", "lora_fallback", "lora_settings", "deterministic")
 
 
 class _Seen(nnx.Module):
@@ -70,11 +70,12 @@ class Adapted(_Seen):
       deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it.
     """
 
-    def __init__(self, model: Any, params: Any, *, rngs: Any, types: Any, settings: Mapping[str, Any]):
+    def __init__(self, model: Any, params: Any, *, rngs: Any, types: Any, fallback: str, settings: Mapping[str, Any]):
         self.base_model = model
         self.lora_params = nnx.data(params)
         self.lora_rngs = nnx.data(rngs)
         self.lora_types = nnx.static(tuple(types))
+        self.lora_fallback = nnx.static(fallback)
         self.lora_settings = nnx.static(tuple(settings.items()))
         self.deterministic = False
 

@@ -27,7 +27,9 @@ def wrap(
     *,
     key: jax.Array | None = None,
     sites: Mapping[str, Site] | None = None,
-    **settings: Any,
+    fallback: str = "warn",
+    native_dots: bool = False,
+    strategy: str = "auto",
 ) -> Adapted:
     """Adapts a model of NNX: what it returns is called and trained as the model was.
 
@@ -40,13 +42,13 @@ def wrap(
       spec: what to adapt; paths are those of ``nnx.state(model, nnx.Param)``, as in ``"layers/0/q/kernel"``.
       key: a PRNG key for the factors; None takes ``jax.random.key(spec.seed)``.
       sites: what `jlora.nnx.sites` found, for kernels whose use does not follow Flax's conventions.
-      settings: `fallback`, `native_dots`, `strategy`, as `jlora.apply` has them.
+      fallback, native_dots, strategy: as in `jlora.apply`.
 
     Returns:
       The adapted model. Dropout of the adapters is on, as NNX has it, until ``model.eval()``.
 
     Raises:
-      TypeError: if `model` is no `nnx.Module`, or is adapted already, or a setting is none of the three.
+      TypeError: if `model` is no `nnx.Module`, or is adapted already.
       ValueError: as `jlora.wrap` and `jlora.apply` do.
 
     Example:
@@ -59,11 +61,12 @@ def wrap(
       [(4, 2), (2, 3)]
     """
     _check_model(model)
-    apply(_check_model, **settings)  # checks them
+    apply(_check_model, fallback=fallback, strategy=strategy)  # checks them
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     wrapped = wrap_tree(nnx.as_pure(params), spec, key=key, sites=sites)
     rngs = nnx.Rngs(lora=spec.seed) if spec.dropout else None
-    return _adapted(graphdef, params, rest, wrapped, rngs, settings)
+    settings = {"native_dots": native_dots, "merged": strategy == "merged"}
+    return _adapted(graphdef, params, rest, wrapped, {"rngs": rngs, "fallback": fallback, "settings": settings})
 
 
 def merge(model: Adapted, *, dtype: Any = None, donate: bool = False) -> Any:
@@ -110,7 +113,8 @@ def update(model: Adapted, tree: Any) -> None:
     graphdef, params, rest = nnx.split(model.base_model, nnx.Param, ...)
     if any(_kind(now[path]) != _kind(new[path]) for path in now):
         plain = _with_values(params, {path: _base(x) for path, x in new.items()}, dict(model.lora_types))
-        made = _adapted(graphdef, plain, rest, tree, model.lora_rngs, dict(model.lora_settings))
+        settings = {"fallback": model.lora_fallback, "settings": dict(model.lora_settings)}
+        made = _adapted(graphdef, plain, rest, tree, {"rngs": model.lora_rngs, **settings})
         model.base_model, model.lora_params, model.lora_types = made.base_model, made.lora_params, made.lora_types
         return
     for path, node in nodes_of(model).items():
@@ -135,7 +139,7 @@ def sites(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     return report.sites(call, nnx.as_pure(params), *args, **kwargs)
 
 
-def _adapted(graphdef: Any, params: Any, rest: Any, wrapped: Any, rngs: Any, settings: Mapping[str, Any]) -> Adapted:
+def _adapted(graphdef: Any, params: Any, rest: Any, wrapped: Any, settings: Mapping[str, Any]) -> Adapted:
     """An adapted model from the parts of a plain one, and the wrapped tree of its parameters."""
     variables = dict(nnx.to_flat_state(params))
     nodes = {path: x for path, x in _flat(wrapped).items() if is_node(x)}
@@ -143,9 +147,7 @@ def _adapted(graphdef: Any, params: Any, rest: Any, wrapped: Any, rngs: Any, set
     adapters = {path: as_variables(node, variables[path]) for path, node in nodes.items() if path not in full}
     trained = _with_values(params, {path: nodes[path].base for path in full}, dict.fromkeys(full, nnx.LoRAParam))
     types = [(path, type(variables[path])) for path in full]
-    return Adapted(
-        nnx.merge(graphdef, trained, nnx.as_pure(rest)), nested(adapters), rngs=rngs, types=types, settings=settings
-    )
+    return Adapted(nnx.merge(graphdef, trained, nnx.as_pure(rest)), nested(adapters), types=types, **settings)
 
 
 def _plain(model: Adapted, params: Any) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from jlora.apply import RULES, Settings, run_on_wrapped
+from jlora.apply import RULES, Settings, inner_settings, run_on_wrapped
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.sites import observe
 from jlora.nodes.checks import check_whole
 from jlora.nodes.node import is_node
+from jlora.report.effect import without_effect
 from jlora.report.groups import grouped, name_of, title
 from jlora.report.html import Gauge, Row, page, trained_gauges
 from jlora.report.text import Table, with_counts
@@ -26,7 +28,8 @@ class Estimates(NamedTuple):
     """FLOPs of a use in a training step, by strategy, beside those of the same product with a frozen kernel.
 
     Those have a product each forward and backward, 4 T m n for T tokens and a kernel m x n. Through factors of rank r
-    there are 6 T r (m + n) more; merged, 4 T r (m + n) + 4 m n r.
+    there are 6 T r (m + n) more; merged, 4 T r (m + n) + 4 m n r. In a loop they are those of one step; M is made once
+    a call, so that of many steps merged ones take less than the sum.
     """
 
     frozen: float
@@ -67,12 +70,17 @@ class Explanation(Table):
       flops: of the forward pass, adapted and plain; None where XLA tells none.
       bytes_accessed: likewise.
       totals: parameters and bytes of the tree.
+      without_effect: what trains in vain, by path, with the reason: it is not used, its use does not reach the result,
+        or no gradient comes back to it.
+      plain: the paths of kernels that could be adapted, and are neither adapted nor trained in full.
     """
 
     uses: tuple[Use, ...] = ()
     flops: tuple[float, float] | None = None
     bytes_accessed: tuple[float, float] | None = None
     totals: Totals | None = None
+    without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    plain: tuple[str, ...] = ()
 
     def _text(self) -> tuple[Sequence[Sequence[str]], Sequence[str]]:
         """Uses that are alike but for numbers in their paths are one row; a dense one's reason stands below it."""
@@ -91,12 +99,16 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     Traces `fn` abstractly: arrays may be `jax.ShapeDtypeStruct`s. FLOPs and bytes are XLA's count for the forward pass
     before optimisation, of one step of each loop. Prints as text of eighty columns; in a notebook it shows as a tree
-    that folds.
+    that folds. What trains without effect is told below, and so are kernels that could be adapted and are not.
 
     Args:
-      fn: the unchanged function, as given to `jlora.apply`.
+      fn: the unchanged function, as given to `jlora.apply`; or a loss that calls `jlora.apply`, whose `rng` and
+        `strategy` are those explained.
       tree: its wrapped first argument.
       *args, **kwargs: its other arguments.
+
+    Returns:
+      An `Explanation`: `uses` has a `Use` for each use of an adapter, with its `group`, `strategy` and `estimates`.
 
     Raises:
       TypeError: if `tree` holds no wrapped node.
@@ -134,17 +146,49 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
     interpreter = Interpreter(RULES, dense, told, inline=True)
     arrays, rebuild = split_arrays((tree, args, kwargs))
 
-    def adapted(arrays: list[Any]) -> Any:
-        tree, args, kwargs = rebuild(arrays)
-        return _arrays_only(run_on_wrapped(fn, interpreter, Settings(), tree, *args, **kwargs))
+    def run(walk: Interpreter, settings: Settings) -> Callable[[list[Any]], list[Any]]:
+        def adapted(arrays: list[Any]) -> list[Any]:
+            tree, args, kwargs = rebuild(arrays)
+            return _arrays_only(run_on_wrapped(fn, walk, settings, tree, *args, **kwargs))
+
+        return adapted
 
     def plain(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
-        silent = Interpreter(RULES, lambda _, weight, *__: weight.dense())  # walks only where leaves are quantised
-        return _arrays_only(run_on_wrapped(fn, silent, Settings(), unwrap(tree), *args, **kwargs))
+        return _arrays_only(run_on_wrapped(fn, _silent(), Settings(), unwrap(tree), *args, **kwargs))
 
-    jax.eval_shape(adapted, arrays)
-    return _explained(tuple(uses.values()), _cost(adapted, arrays), _cost(plain, arrays), totals(tree))
+    with inner_settings() as found:
+        jax.eval_shape(run(interpreter, Settings()), arrays)
+    settings = _settings(found)
+    if settings != Settings():
+        uses.clear()
+        jax.eval_shape(run(interpreter, settings), arrays)
+
+    def on_tree(tree: Any, rest: Any) -> list[Any]:  # without groups, in which adapters share products
+        return _arrays_only(run_on_wrapped(fn, _silent({}), Settings(), tree, *rest[0], **rest[1]))
+
+    rest_arrays, rest_of = split_arrays((args, kwargs))
+    names = [use.path for use in uses.values()]
+    idle = without_effect(lambda tree, arrays: on_tree(tree, rest_of(arrays)), tree, rest_arrays, names)
+    costs = _cost(run(_silent(), settings), arrays), _cost(plain, arrays)
+    return _explained(tuple(uses.values()), *costs, totals(tree), idle, _not_adapted(fn, tree, nodes, args, kwargs))
+
+
+def _silent(rules: Mapping[str, Any] = RULES) -> Interpreter:
+    return Interpreter(dict(rules), lambda _, weight, *__: weight.dense(), inline=True)
+
+
+def _settings(found: Sequence[Settings]) -> Settings:
+    """Those of the calls of `apply` within the function, if they have one strategy, and dropout on or off alike."""
+    kinds = {(settings.rng is not None, settings.merged) for settings in found}
+    is_on, is_merged = kinds.pop() if len(kinds) == 1 else (False, False)
+    return Settings(rng=jax.random.key(0) if is_on else None, merged=is_merged)
+
+
+def _not_adapted(fn: Callable[..., Any], tree: Any, nodes: Mapping[str, Any], args: Any, kwargs: Any) -> list[str]:
+    """The paths of kernels that could be adapted and are not."""
+    found = observe(fn, unwrap(tree), args, kwargs)
+    return [path for path, site in found.items() if path not in nodes and site.kind != "other" and site.axes]
 
 
 def _estimates(weight: Factored, eqn: Any) -> Estimates | None:
@@ -178,7 +222,14 @@ def _cost(fn: Callable[..., Any], arrays: list[Any]) -> dict[str, float]:
     return jax.jit(fn).lower(arrays).cost_analysis() or {}
 
 
-def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str, float], sums: Totals) -> Explanation:
+def _explained(
+    uses: tuple[Use, ...],
+    adapted: dict[str, float],
+    plain: dict[str, float],
+    sums: Totals,
+    idle: Mapping[str, str],
+    not_adapted: Sequence[str],
+) -> Explanation:
     pair = lambda name: (adapted[name], plain[name]) if name in adapted and name in plain else None
     flops, moved = pair("flops"), pair("bytes accessed")
     rows = tuple((u.path, str(u.shape), u.kind, _how(u), u.reason or u.primitive, _tail(u.source)) for u in uses)
@@ -189,7 +240,26 @@ def _explained(uses: tuple[Use, ...], adapted: dict[str, float], plain: dict[str
     ]
     costs += _by_strategy(uses)
     header = ("path", "shape", "kind", "computed", "by", "at")
-    return Explanation(header, rows, (_counts(uses), *costs, *sums.lines), uses, flops, moved, sums)
+    footer = (_counts(uses), *costs, *sums.lines, *_idle(idle), *_could_be(not_adapted))
+    return Explanation(header, rows, footer, uses, flops, moved, sums, dict(idle), tuple(not_adapted))
+
+
+def _idle(idle: Mapping[str, str]) -> list[str]:
+    """What trains in vain: a line for each reason."""
+    reasons = dict.fromkeys(idle.values())
+    paths = {why: [path for path, of in idle.items() if of == why] for why in reasons}
+    return [f"WITHOUT EFFECT: {_listed(paths[why])}: {why}" for why in reasons]
+
+
+def _could_be(paths: Sequence[str]) -> list[str]:
+    return [f"not adapted, though kernels: {_listed(paths)}"] if paths else []
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """Paths, those alike but for numbers as one."""
+    found: Any = grouped((name_of(path), 1, ()) for path in paths)
+    titles = [title(name) for name, *_ in found]
+    return ", ".join(titles[:5]) + (f" and {len(titles) - 5} more" if titles[5:] else "")
 
 
 def _by_strategy(uses: Sequence[Use]) -> list[str]:

@@ -56,6 +56,11 @@ def title(name: Name) -> str:
     return "".join(piece if isinstance(piece, str) else _numbers(piece) for piece in name)
 
 
+def some_of(numbers: Iterable[int]) -> str:
+    """Numbers as text: runs of them, not each."""
+    return _numbers(tuple(map(str, sorted(numbers))))
+
+
 def _numbers(numbers: tuple[str, ...]) -> str:
     if len(numbers) == 1:
         return numbers[0]

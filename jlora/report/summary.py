@@ -11,7 +11,7 @@ import jax
 from jlora.nodes.checks import check_whole
 from jlora.nodes.node import TrainableParam, is_node, is_unit
 from jlora.nodes.qarray import is_qarray
-from jlora.report.groups import grouped, name_of, title
+from jlora.report.groups import grouped, name_of, some_of, title
 from jlora.report.html import Row, page, trained_gauges
 from jlora.report.text import Table, with_counts
 from jlora.report.totals import Totals, size, totals
@@ -29,6 +29,7 @@ class Leaf(NamedTuple):
       adapter: the variant, `FULL`, or nothing where it is frozen.
       rank, scale: None where the variant has none.
       trained, parameters: how many numbers train, and are there.
+      note: its dropout, and the layers of a stack that are adapted.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Leaf(NamedTuple):
     scale: float | None
     trained: int
     parameters: int
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -58,7 +60,7 @@ class Summary(Table):
         wrapped = [leaf for leaf in self.leaves if leaf.adapter]
         found: Any = grouped((name_of(leaf.path), 1, leaf._replace(path="", parameters=0)) for leaf in wrapped)
         rows = [_cells(leaf._replace(path=title(name), trained=count * leaf.trained)) for name, count, leaf in found]
-        return with_counts(self.header, rows, [count for _, count, _ in found]), [""] * (1 + len(rows))
+        return with_counts(self.header, rows, [n for _, n, _ in found]), ["", *(leaf.note for *_, leaf in found)]
 
     def _repr_html_(self) -> str:
         gauges = trained_gauges(self.totals) if self.totals else []
@@ -108,7 +110,14 @@ def _leaf(path: str, leaf: Any) -> Leaf:
     rank, scale = (leaf.settings.get(name) for name in ("rank", "scaling"))
     trained = jax.tree.leaves(jax.tree.map(lambda x, m: size(x) if m == TRAINABLE else 0, leaf, labels(leaf)))
     count = sum(size(x) for x in jax.tree.leaves(leaf, is_leaf=is_qarray))
-    return Leaf(path, shape, _type(leaf.base), kind, rank, scale, sum(trained), count)
+    return Leaf(path, shape, _type(leaf.base), kind, rank, scale, sum(trained), count, _note(leaf))
+
+
+def _note(node: Any) -> str:
+    layers = getattr(node, "layers", None)
+    dropout = f"dropout {node.dropout:g}" if getattr(node, "dropout", 0) else ""
+    some = f"layers {some_of(layers)} of {node.shape[node.axes.batch_axis[0]]}" if layers is not None else ""
+    return "; ".join(filter(None, (dropout, some)))
 
 
 def _type(leaf: Any) -> str:
@@ -125,4 +134,5 @@ def _row(leaf: Leaf) -> Row:
     _, shape, kind, rank, scale, _ = _cells(leaf)
     facts = [shape, leaf.dtype, *(f"{name} {value}" for name, value in (("rank", rank), ("scale", scale)) if value)]
     mark = ("full" if kind == FULL else "adapted") if kind else ""
+    facts += [leaf.note] if leaf.note else []
     return Row(mark, kind or "frozen", tuple(facts), leaf.trained, leaf.parameters)

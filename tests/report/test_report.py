@@ -108,6 +108,16 @@ def test_summary_agrees_with_partition(name):
     assert table.footer[0].startswith(f"trainable {count(jlora.partition(wrapped)[0]):,} of {count(wrapped):,}, ")
 
 
+def test_summary_tells_dropout_and_the_layers_of_a_stack():
+    """Below the row; the rows themselves are as ever."""
+    axes = {"kernel": jlora.Axes((1,), (2,), (0,))}
+    spec = dataclasses.replace(SPEC, axes=axes, dropout=0.1, layers=[0, 2])
+    table = jlora.summary(jlora.wrap({"layers": {"kernel": jnp.ones((4, 64, 32))}}, spec))
+    assert "    dropout 0.1; layers {0,2} of 4" in str(table).splitlines()
+    assert "dropout 0.1; layers {0,2} of 4" in table._repr_html_()
+    assert "dropout" not in str(jlora.summary(jlora.wrap(PLAIN, SPEC)))
+
+
 def test_summary_of_a_plan():
     """A kernel of 40 GB: what it will cost is told without it."""
     plan = jlora.wrap({"kernel": SHAPE((100_000, 200_000), jnp.bfloat16)}, SPEC)
@@ -584,3 +594,68 @@ def test_scan_costs_one_step():
     step = lambda p, x: lax.scan(lambda x, _: (jnp.tanh(x @ p["up"] @ p["down"]), None), x, length=7)[0]
     once = jlora.explain(lambda p, x: jnp.tanh(x @ p["up"] @ p["down"]), *wide()).flops
     assert jlora.explain(step, *wide()).flops == pytest.approx(once, rel=0.01)
+
+
+# -------------------------------------------------------------------------------- what trains in vain
+
+VAIN = {name: {"kernel": jnp.ones((8, 8))} for name in ("body", "aux", "stopped", "unused", "tail", "picked")}
+VAIN_SPEC = jlora.LoraSpec(rank=2, targets=["body", "aux", "stopped", "unused", "picked"])
+
+
+def in_vain(p, x):
+    """Of `aux` only a second result; `stopped` without a gradient; `picked` through an index."""
+    x = x @ p["body"]["kernel"]
+    aux = x @ p["aux"]["kernel"]
+    best = jnp.argmax(x @ p["picked"]["kernel"], axis=-1)
+    x = x + jax.lax.stop_gradient(x @ p["stopped"]["kernel"]) + best[:, None]
+    return x @ p["tail"]["kernel"], aux
+
+
+def test_adapters_without_effect_are_found():
+    tree, x = jlora.wrap(VAIN, VAIN_SPEC), jnp.ones((3, 8))
+    whole = jlora.explain(in_vain, tree, x)
+    assert [*whole.without_effect] == ["picked/kernel", "stopped/kernel", "unused/kernel"]
+    assert whole.without_effect["unused/kernel"] == "the function does not use it"
+    assert "no gradient" in whole.without_effect["stopped/kernel"] and whole.plain == ("tail/kernel",)
+    assert "WITHOUT EFFECT: unused/kernel: the function does not use it" in str(whole)
+    assert str(whole).endswith("not adapted, though kernels: tail/kernel")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_of_a_loss_too(compiled):
+    """Which calls `jlora.apply` itself; loops and compiled functions between are seen through."""
+    tree, x = jlora.wrap(VAIN, VAIN_SPEC), jnp.ones((3, 8))
+    forward = jax.jit(in_vain) if compiled else in_vain
+
+    def loss(tree, x):
+        step = lambda x, _: (jlora.apply(forward)(tree, x)[0], None)
+        return (jax.lax.scan(step, x, None, length=2)[0] ** 2).mean()
+
+    table = jlora.explain(loss, tree, x)
+    assert table.without_effect["aux/kernel"] == "its use does not reach the result"
+    assert [*table.without_effect] == ["aux/kernel", "picked/kernel", "stopped/kernel", "unused/kernel"]
+    assert len(table.uses) == 4
+
+
+def test_all_that_trains_has_an_effect_in_the_model_that_was_meant():
+    params, x = wide()
+    assert jlora.explain(mlp, params, x).without_effect == {} and jlora.explain(mlp, params, x).plain == ()
+    generate = lambda p, x: jnp.argmax(mlp(p, x), axis=-1)  # integers: of no gradient is told
+    assert jlora.explain(generate, params, x).without_effect == {}
+    until = lambda p, x: jax.lax.while_loop(lambda x: (x < 9).all(), lambda x: mlp(p, x) + 1, x)  # none backwards
+    assert jlora.explain(until, params, x).without_effect == {}
+
+
+def test_what_trains_in_full_in_vain():
+    params = {"a": jnp.ones((4, 4)), "head": jnp.ones((4, 2)), "scale": jnp.ones(4)}
+    spec = jlora.LoraSpec(rank=2, targets="a", train=["head", "scale"], axes={"a": jlora.Axes(0, 1)})
+    table = jlora.explain(lambda p, x: x @ p["a"] * p["scale"], jlora.wrap(params, spec), jnp.ones((3, 4)))
+    assert table.without_effect == {"head": "the function does not use it"}
+
+
+@pytest.mark.parametrize(
+    "fn", [jlora.apply(mlp, strategy="merged"), lambda p, x: jlora.apply(mlp, strategy="merged")(p, x)]
+)
+def test_the_strategy_of_the_functions_own_apply_is_explained(fn):
+    assert {use.strategy for use in jlora.explain(fn, *wide()).uses} == {"merged"}
+    assert {use.strategy for use in jlora.explain(mlp, *wide()).uses} == {"factored"}
