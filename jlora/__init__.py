@@ -14,7 +14,7 @@ from jlora.nodes.axes import Axes
 from jlora.nodes.fold import MergePrecisionWarning
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
-from jlora.report import explain, sites, summary
+from jlora.report import explain, merge_error, sites, summary
 from jlora.spec import LoraSpec
 from jlora.tree import combine, labels, merge, partition, unwrap
 from jlora.variants.lora import LoraParam
@@ -50,6 +50,7 @@ __all__ = [
     "init",
     "labels",
     "merge",
+    "merge_error",
     "nnx",
     "optim",
     "optimizer",

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.nodes import qarray
 from jlora.nodes.checks import check_fit, check_whole
 from jlora.nodes.fields import leaf_fields
-from jlora.nodes.fold import folded
+from jlora.nodes.fold import folded, told_once
 from jlora.nodes.node import TrainableParam, is_node, is_unit
 from jlora.targets.named import Names, named
 from jlora.targets.paths import flatten
@@ -22,7 +23,7 @@ from jlora.targets.paths import flatten
 TRAINABLE, FROZEN = "trainable", "frozen"
 
 
-def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
+def merge(tree: Any, *, dtype: Any = None, everything: bool = False, donate: bool = False) -> Any:
     """Folds the adapters into their kernels and returns a plain tree.
 
     ``W + scale * A @ B`` is added in float32 and rounded once, in one program for all kernels that are alike.
@@ -30,7 +31,9 @@ def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
     Args:
       tree: a wrapped tree.
       dtype: of the merged kernels, and of quantised leaves, which become dense; None keeps each base's, and leaves
-        what is quantised and not adapted as it is. Plain leaves keep their type in any case.
+        what is quantised and not adapted as it is.
+      everything: whether plain floating leaves, and those trained in full, are cast to `dtype` too, so that the model
+        is whole in one type: a scan whose carry has the base's type goes on then.
       donate: whether the bases' buffers become those of the merged kernels, so that no second copy of the model is
         made; the bases of `tree` are deleted then, and with them the arrays of the tree that was wrapped, which are
         the same. Kernels that change their type, and arrays that stand in the tree
@@ -47,7 +50,7 @@ def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
     Warns:
       MergePrecisionWarning: if the merged kernel has fewer than 32 bits and rounding to it takes more than half of an
         adapter (of its Frobenius norm), or a sum is not finite in it. It is seen only where values are known, so not
-        under jit.
+        under jit. There is one warning for all kernels; `jlora.merge_error` has the figures of each.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -60,11 +63,23 @@ def merge(tree: Any, *, dtype: Any = None, donate: bool = False) -> Any:
             f"merge: dtype must be a floating type, found {getattr(dtype, '__name__', dtype)}; into the formats of "
             "quantised bases jlora.quant.requantize(tree) merges"
         )
+    if everything and dtype is None:
+        raise ValueError("merge: everything=True casts to dtype, and none is given, as in dtype=jnp.bfloat16")
     paths, leaves, treedef = flatten(_wrapped("merge", tree), is_unit)
     counts = collections.Counter(map(id, jax.tree.leaves(tree)))
     is_own = lambda leaf: donate and is_node(leaf) and counts[id(leaf.base)] == 1
+    whole = (lambda x: _cast(x, dtype)) if everything else lambda x: x
     pairs = zip(paths, leaves, strict=True)
-    return treedef.unflatten([_merged(leaf, path, dtype, is_own(leaf)) for path, leaf in pairs])
+    with told_once():
+        return treedef.unflatten([whole(_merged(leaf, path, dtype, is_own(leaf))) for path, leaf in pairs])
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if not jnp.issubdtype(getattr(x, "dtype", None) or np.int32, jnp.floating):
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+    return jnp.asarray(x).astype(dtype)
 
 
 def _is_floating(dtype: Any) -> bool:

@@ -7,7 +7,7 @@ import jlora
 
 NAMES = """
 AdaptedParam Axes DenseFallbackError DenseFallbackWarning LoraParam LoraSpec MergePrecisionWarning TrainableParam apply
-combine explain fold_and_restart grad labels merge optimizer partition sites summary to_plain_lora unwrap
+combine explain fold_and_restart grad labels merge merge_error optimizer partition sites summary to_plain_lora unwrap
 value_and_grad wrap
 """.split()
 NAMESPACES = ["checkpoint", "init", "nnx", "optim", "peft", "quant", "sharding", "variants"]

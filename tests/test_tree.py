@@ -184,6 +184,78 @@ def test_merge_does_not_warn_of_an_adapter_that_is_kept(settings, dtype):
         jlora.merge(tree(**settings), dtype=dtype)
 
 
+def three(dtype=jnp.bfloat16, std=1e-4):
+    params = {f"layer_{i}": {"kernel": jnp.ones((8, 8), dtype)} for i in range(3)}
+    return randomised(jlora.wrap(params, LoraSpec(rank=2)), std)
+
+
+def test_one_warning_tells_of_all_kernels():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jlora.merge(three())
+    (told,) = [str(w.message) for w in caught]
+    assert "rounding layer_0/kernel and 2 more to bfloat16 loses 100% of their adapters" in told
+    assert "merge(tree, dtype=jnp.float32, everything=True) keeps it" in told and "merge_error" in told
+    assert caught[0].filename == __file__
+
+
+def test_a_model_whole_in_one_type():
+    """As the warning advises: a scan whose carry has the base's type goes on."""
+    params = {"layers": {"kernel": jnp.ones((3, 8, 8), jnp.bfloat16)}, "table": jnp.ones((5, 8), jnp.bfloat16)}
+    params |= {"steps": jnp.arange(3), "head": jnp.ones((8, 2), jnp.bfloat16)}
+    spec = LoraSpec(rank=2, targets="layers/kernel", train="head", axes={"layers/kernel": Axes((1,), (2,), (0,))})
+    tree = jlora.wrap(params, spec)
+
+    def fn(p, ids):
+        step = lambda x, kernel: (x @ kernel, None)
+        return jax.lax.scan(step, p["table"][ids], p["layers"]["kernel"])[0] @ p["head"]
+
+    with pytest.raises(TypeError, match="carry"):
+        fn(jlora.merge(tree, dtype=jnp.float32), jnp.arange(2))
+    whole = jlora.merge(tree, dtype=jnp.float32, everything=True)
+    assert fn(whole, jnp.arange(2)).dtype == jnp.float32
+    assert {name: x.dtype.name for name, x in whole.items() if name != "layers"} == {
+        "head": "float32", "steps": "int32", "table": "float32"
+    }  # fmt: skip
+    plan = jlora.merge(jax.eval_shape(lambda: tree), dtype=jnp.float32, everything=True)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), plan) == jax.tree.map(lambda x: (x.shape, x.dtype), whole)
+    with pytest.raises(ValueError, match="everything=True casts to dtype, and none is given"):
+        jlora.merge(tree, everything=True)
+
+
+@pytest.mark.parametrize("std, dtype", [(1e-4, None), (3e-2, None), (1e-4, jnp.float16), (1e-5, jnp.float32)])
+def test_merge_error_is_the_share_that_rounding_takes(std, dtype):
+    """Against float64 by hand; nothing is warned of."""
+    tree = three(std=std)
+    with warnings.catch_warnings(action="error"):
+        found = jlora.merge_error(tree, dtype=dtype)
+        made = jlora.merge(tree, dtype=jnp.float32) if dtype == jnp.float32 else None
+    for i in range(3):
+        node = tree[f"layer_{i}"]["kernel"]
+        wide = lambda x: np.asarray(x, np.float64)
+        update = node.scale * wide(node.lora_a) @ wide(node.lora_b)
+        if made is None:
+            rounded = wide((wide(node.base) + update).astype(dtype or jnp.bfloat16))
+        else:
+            rounded = wide(made[f"layer_{i}"]["kernel"])
+        lost = np.linalg.norm(rounded - wide(node.base) - update) / np.linalg.norm(update)
+        np.testing.assert_allclose(found.lost[f"layer_{i}/kernel"], min(lost, 1), rtol=2e-2, atol=1e-7)
+
+
+def test_merge_error_of_a_functions_results():
+    tree, x = three(std=3e-2), jnp.ones((2, 8), jnp.bfloat16)
+    fn = lambda p, x: x @ p["layer_0"]["kernel"].astype(jnp.float32)
+    found = jlora.merge_error(tree, fn, x)
+    exact, merged = jlora.apply(fn)(tree, x), fn(jlora.merge(tree), x)
+    np.testing.assert_allclose(found.outputs, jnp.linalg.norm(merged - exact) / jnp.linalg.norm(exact), rtol=1e-3)
+    assert found.outputs > 0 and "distance of the results over their norm" in str(found)
+    assert jlora.merge_error(tree, fn, x, dtype=jnp.float32).outputs < 1e-6
+    large = jax.tree.map(lambda x: x * 1e4 if x.dtype == jnp.float32 else x, three(std=1.0))
+    assert jlora.merge_error(large, dtype=jnp.float16).lost["layer_1/kernel"] == np.inf
+    with pytest.raises(TypeError, match="merge_error: no leaf of the first argument is wrapped"):
+        jlora.merge_error({"kernel": x})
+
+
 # -------------------------------------------------------------------------------- unwrap
 
 BITS = np.array([0x80000000, 0x7FC01234, 0xFFC00001, 0x7F800001, 0x00000001, 0x80000001, 0x7F800000], np.uint32)

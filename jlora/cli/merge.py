@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.cli.sources import check_out, is_orbax
-from jlora.nodes.fold import MergePrecisionWarning
+from jlora.nodes.fold import MergePrecisionWarning, told_once
 from jlora.nodes.node import is_node
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import onto
@@ -75,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
     _begin(partial, identity)
     dtype = None if given.dtype is None else jnp.dtype(given.dtype)
     merger = Merger(nodes, adapter.start, dtype, given.allow_nonfinite)
-    with _progress(files) as advance:
+    with _progress(files) as advance, _lost_told_once():
         for name, file in files.items():
             if (partial / name).exists():  # of an earlier run: a file appears when it is whole
                 advance(file.nbytes)
@@ -151,6 +151,15 @@ def _progress(files: Mapping[str, TensorFile]) -> Iterator[Callable[[int], None]
         yield lambda count: progress.advance(task, count)
 
 
+@contextmanager
+def _lost_told_once() -> Iterator[None]:
+    """One warning for what rounding loses of all tensors; of infinite weights there is an error, or leave to write."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="merge: .* are infinite in", category=MergePrecisionWarning)
+        with told_once():
+            yield
+
+
 class Merger(NamedTuple):
     """Merges what is adapted, by the name of the tensor."""
 
@@ -169,9 +178,7 @@ class Merger(NamedTuple):
         if name not in self.nodes:
             return array
         node = onto(self.nodes[name], array, self.start)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="merge: .* are infinite in", category=MergePrecisionWarning)
-            made = np.asarray(merge({name: node}, dtype=self.dtype)[name])
+        made = np.asarray(merge({name: node}, dtype=self.dtype)[name])
         if not self.allow_nonfinite and _count_nonfinite(made) > _count_nonfinite(array):
             raise ValueError(
                 f"{name}: {_count_nonfinite(made)} weights are not finite when they are merged into {made.dtype}; "

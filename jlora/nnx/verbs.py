@@ -69,7 +69,7 @@ def wrap(
     return _adapted(graphdef, params, rest, wrapped, {"rngs": rngs, "fallback": fallback, "settings": settings})
 
 
-def merge(model: Adapted, *, dtype: Any = None, donate: bool = False) -> Any:
+def merge(model: Adapted, *, dtype: Any = None, everything: bool = False, donate: bool = False) -> Any:
     """The plain model of its own class, with the adapters folded into its kernels; arguments as in `jlora.merge`.
 
     Example:
@@ -79,7 +79,8 @@ def merge(model: Adapted, *, dtype: Any = None, donate: bool = False) -> Any:
       >>> type(jlora.nnx.merge(model)).__name__
       'Linear'
     """
-    return _plain(_checked("merge", model), trees.merge(tree(model), dtype=dtype, donate=donate))
+    merged = trees.merge(tree(_checked("merge", model)), dtype=dtype, everything=everything, donate=donate)
+    return _plain(model, merged)
 
 
 def unwrap(model: Adapted) -> Any:
