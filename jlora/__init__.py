@@ -15,6 +15,7 @@ from jlora.nodes.fold import MergePrecisionWarning
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.optim import grad, optimizer, value_and_grad
 from jlora.report import explain, merge_error, sites, summary
+from jlora.serial import register_all
 from jlora.spec import LoraSpec
 from jlora.tree import combine, labels, merge, partition, unwrap
 from jlora.variants.lora import LoraParam
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jlora import nnx
 
 __version__ = "0.1.0"
+register_all()  # for flax.serialization and jax.export
 
 
 def __getattr__(name: str) -> Any:

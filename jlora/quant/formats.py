@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -170,7 +173,28 @@ def package() -> Any:
         raise ModuleNotFoundError(
             "jlora.quant keeps quantised leaves as Qwix's QArray, and qwix is not installed: pip install 'jlora[quant]'"
         ) from error
+    _register(qwix.QArray)
     return qwix
+
+
+@functools.cache
+def _register(cls: Any) -> None:
+    """Makes `jax.export` know Qwix's arrays, unless another has."""
+    with contextlib.suppress(ValueError):
+        jax.export.register_pytree_node_serialization(
+            cls,
+            serialized_name="qwix.QArray",
+            serialize_auxdata=lambda values: json.dumps(list(map(_name_of_type, values))).encode(),
+            deserialize_auxdata=lambda data: tuple(map(_type_of_name, json.loads(data))),
+        )
+
+
+def _name_of_type(dtype: Any) -> str:
+    return dtype if isinstance(dtype, str) else f"dtype:{jnp.dtype(dtype).name}"
+
+
+def _type_of_name(name: str) -> Any:
+    return getattr(jnp, name.removeprefix("dtype:")) if name.startswith("dtype:") else name
 
 
 def read_as(dense: Any, plan: Any) -> Any:
