@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ import numpy as np
 from jlora import checkpoint, peft
 from jlora.__main__ import main as command
 from jlora.checkpoint import steps
+from jlora.peft.card import CARD, is_own
 from tests.peft_files.trees import flat, lora, merged, nested
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod")
@@ -94,23 +96,26 @@ class Save:
 
     def __init__(self, home: Path) -> None:
         self.at, self.old, self.new = home / "adapter", adapter(1, 0.5), adapter(2, 4.0)
+        self.base_model = "me/new"
 
     def prepare(self) -> None:
-        peft.save(self.at, self.old)
+        peft.save(self.at, self.old, base_model="me/old")
 
     def write(self) -> None:
-        peft.save(self.at, self.new)
+        peft.save(self.at, self.new, base_model=self.base_model)
 
     def check(self) -> None:
         """Either state is there, bit for bit."""
         found = flat(peft.load(self.at, nested(weights(0))))
         same = lambda tree: all(_same(found[name], x) for name, x in flat(tree).items())
         assert same(self.old) or same(self.new), "neither the old adapter nor the new one"
+        assert is_own(self.at / CARD), "a part of a card"
 
     def check_end(self) -> None:
         found = flat(peft.load(self.at, nested(weights(0))))
         assert all(_same(found[name], x) for name, x in flat(self.new).items()), "not the new adapter"
-        assert files(self.at) == {"adapter_config.json", "adapter_model.safetensors"}, files(self.at)
+        assert files(self.at) == {"adapter_config.json", "adapter_model.safetensors", CARD}, files(self.at)
+        assert f"base_model: {json.dumps(self.base_model)}" in (self.at / CARD).read_text(), "not the new card"
 
     again = write
 

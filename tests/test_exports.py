@@ -10,6 +10,7 @@ AdaptedParam Axes DenseFallbackError DenseFallbackWarning LoraParam LoraSpec Mer
 combine explain fold_and_restart grad labels merge merge_error optimizer partition sites summary to_plain_lora unwrap
 value_and_grad wrap
 """.split()
+PEFT_NAMES = "NAMES Layout from_safetensors load low_rank push resize_tables save to_safetensors".split()
 NAMESPACES = ["checkpoint", "init", "nnx", "optim", "peft", "quant", "sharding", "variants"]
 
 
@@ -17,6 +18,11 @@ def test_public_names():
     assert sorted(jlora.__all__) == sorted([*NAMES, *NAMESPACES])
     assert all(callable(getattr(jlora, name)) for name in NAMES)
     assert all(inspect.ismodule(getattr(jlora, name)) for name in NAMESPACES)
+
+
+def test_public_names_of_files():
+    assert sorted(jlora.peft.__all__) == sorted(PEFT_NAMES)
+    assert not [name for name in jlora.peft.__all__ if not getattr(jlora.peft, name).__doc__]
 
 
 def test_no_private_jax():

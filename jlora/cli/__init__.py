@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as in `jlora inspect adapter | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"jlora {given.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     made = argparse.ArgumentParser(prog="jlora", description="Look at LoRA adapters, merge, convert and compare them.")
-    made.epilog = "An adapter is a directory of PEFT's (adapter_config.json, adapter_model.safetensors) or of Orbax's."
+    made.epilog = (
+        "An adapter is a directory of PEFT's (adapter_config.json, adapter_model.safetensors) or of Orbax's. Where "
+        "there is none, org/name is one of the Hugging Face Hub; its token is that of hf auth login, or HF_TOKEN."
+    )
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]

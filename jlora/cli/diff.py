@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,22 +16,26 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora.cli.inspect import norm
-from jlora.cli.sources import adapter_of, checked_names
+from jlora.cli.sources import adapter_of, add_hub_arguments, checked_names
 from jlora.peft.adapter import EXPERTS, Adapter, Update
+from jlora.peft.remote import adapter_at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("a", type=Path, metavar="A", help="an adapter, of PEFT's or of Orbax's")
-    parser.add_argument("b", type=Path, metavar="B", help="another")
+    parser.add_argument("a", metavar="A", help="an adapter, of PEFT's or of Orbax's, or org/name of the Hub")
+    parser.add_argument("b", metavar="B", help="another")
     parser.add_argument("--names", help="map of an Orbax adapter's paths to PyTorch's names, such as llama")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="what counts as the same (default: %(default)s)")
+    add_hub_arguments(parser, revision_a="A", revision_b="B")
 
 
 def run(given: argparse.Namespace) -> int:
     """Prints the differences."""
     names = checked_names(given.names)
-    a, b = (adapter_of(directory, names).adapter for directory in (given.a, given.b))
+    sources = ((given.a, given.revision_a), (given.b, given.revision_b))
+    paths = [adapter_at(source, revision=revision, cache_dir=given.cache_dir) for source, revision in sources]
+    a, b = (adapter_of(path, names).adapter for path in paths)
     rows = [row for row in differences(a, b) if not row[2] <= given.tolerance]
     console = Console(highlight=False, soft_wrap=True)
     if not rows:

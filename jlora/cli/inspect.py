@@ -17,28 +17,31 @@ from rich.console import Console
 from rich.table import Table
 
 from jlora import checkpoint
-from jlora.cli.sources import adapter_of, checked_names, is_orbax
+from jlora.cli.sources import adapter_of, add_hub_arguments, checked_names, is_orbax
 from jlora.peft.adapter import EXPERTS, Adapter, Update
 from jlora.peft.portable import portable
+from jlora.peft.remote import adapter_at
 from jlora.peft.tensors import are_finite
 from jlora.peft.write import within
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("directory", type=Path, help="an adapter, of PEFT's or of Orbax's")
+    parser.add_argument("directory", help="an adapter, of PEFT's or of Orbax's, or org/name of the Hub")
     parser.add_argument("--names", help="map of an Orbax adapter's paths to PyTorch's names, such as llama")
     parser.add_argument("--json", action="store_true", help="print JSON, with every module")
+    add_hub_arguments(parser, revision="the adapter")
 
 
 def run(given: argparse.Namespace) -> int:
     """Prints the tables."""
+    at = adapter_at(given.directory, revision=given.revision, cache_dir=given.cache_dir)
     try:
-        collected = adapter_of(given.directory, checked_names(given.names), True, allow_edited=True)
+        collected = adapter_of(at, checked_names(given.names), True, allow_edited=True)
     except ValueError:
-        if given.names is not None or not is_orbax(given.directory):
+        if given.names is not None or not is_orbax(at):
             raise
-        return _run_other(given)
+        return _run_other(given, at)
     adapter = collected.adapter
     modules = [_module(name, update) for name, update in adapter.updates.items()]
     faults = [name for name, array in adapter.arrays() if not are_finite(array)]
@@ -79,13 +82,13 @@ def norm(update: Update) -> float:
 
 
 def _told(
-    directory: Path, adapter: Adapter, modules: Sequence[Mapping[str, Any]], faults: Sequence[str]
+    directory: str, adapter: Adapter, modules: Sequence[Mapping[str, Any]], faults: Sequence[str]
 ) -> dict[str, Any]:
     arrays = [array for _, array in adapter.arrays()]
     config = adapter.config
     method = "DoRA" if adapter.is_dora else "LoRA"
     return {
-        "adapter": str(directory),
+        "adapter": directory,
         "method": f"{method}, rsLoRA" if config.get("use_rslora") else method,
         "base model": config.get("base_model_name_or_path"),
         "parameters": sum(x.size for x in arrays),
@@ -155,9 +158,9 @@ def size_text(count: float) -> str:
     raise AssertionError
 
 
-def _run_other(given: argparse.Namespace) -> int:
+def _run_other(given: argparse.Namespace, at: Path) -> int:
     """An Orbax adapter that is no low-rank one: its nodes, class by class."""
-    about = checkpoint.describe(given.directory)
+    about = checkpoint.describe(at)
     if given.json:
         print(json.dumps(about["nodes"], indent=2))
         return 0

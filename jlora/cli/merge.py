@@ -2,7 +2,7 @@
 
 One tensor at a time is in memory. What is done is kept in OUT.partial, from
 which the same command goes on after an interruption; OUT appears when all is
-there.
+there. Both may be names of the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jlora.cli.sources import check_out, is_orbax
+from jlora.cli.sources import add_hub_arguments, check_out, is_orbax, local
 from jlora.nodes.fold import MergePrecisionWarning, told_once
 from jlora.nodes.node import is_node
 from jlora.peft.adapter import Adapter
@@ -33,6 +33,7 @@ from jlora.peft.models import INDEX, SINGLE, files_of
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.place import place
 from jlora.peft.read import PICKLE, read
+from jlora.peft.remote import adapter_at, model_at
 from jlora.peft.settings import CONFIG, WEIGHTS
 from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, write_tensors
 from jlora.tree import merge
@@ -43,8 +44,9 @@ OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("base", type=Path, metavar="BASE", help="directory with the model's safetensors")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter of PEFT's")
+    text = "directory with the model's safetensors, or org/name of the Hub"
+    parser.add_argument("base", metavar="BASE", help=text)
+    parser.add_argument("adapter", metavar="ADAPTER", help="an adapter of PEFT's, or org/name of the Hub")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to be made")
     kinds = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=kinds, help="of the merged weights (default: the base's)")
@@ -55,10 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fan-in-fan-out", action="append", metavar="MODULE", help=text)
     text = "take an adapter_config.json that was edited since the adapter was saved"
     parser.add_argument("--allow-edited", action="store_true", help=text)
+    add_hub_arguments(parser, revision="the adapter", base_revision="the base")
 
 
 def run(given: argparse.Namespace) -> int:
     """Writes the merged model."""
+    if not (given.out / MARK).is_file():  # refused before anything is downloaded
+        check_out(given.out, local(given.base, given.adapter), given.force, (SINGLE, INDEX))
+    given = _fetched(given)
     if is_orbax(given.adapter):
         raise ValueError(f"{given.adapter} is an Orbax adapter; make PEFT's files of it: jlora convert ... --to peft")
     files = files_of(given.base)
@@ -83,6 +89,13 @@ def run(given: argparse.Namespace) -> int:
                 _merge_file(file, merger, partial / name, advance)
     _finish(given, partial)
     return _told(given, f"has the model with {len(nodes)} tensors merged, of {len(shapes)}")
+
+
+def _fetched(given: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the paths of what is read."""
+    adapter = adapter_at(given.adapter, revision=given.revision, cache_dir=given.cache_dir)
+    base = model_at(given.base, others=OTHERS, revision=given.base_revision, cache_dir=given.cache_dir)
+    return argparse.Namespace(**{**vars(given), "adapter": adapter, "base": base})
 
 
 def _told(given: argparse.Namespace, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from jlora.peft.models import files_of
 from jlora.peft.names import slots_of
 from jlora.peft.read import PICKLE
 from jlora.peft.settings import CONFIG, WEIGHTS
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser, **revisions: str) -> None:
+    """The options for what comes from the Hub: its revision, by the option's name what it is of, and the cache."""
+    for name, of in revisions.items():
+        text = f"branch, tag or commit of {of} on the Hub"
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="REVISION", help=text)
+    parser.add_argument("--cache-dir", type=Path, metavar="DIRECTORY", help="for downloads (default: the Hub client's)")
+
+
+def local(*sources: str | None) -> list[Path]:
+    """Those of what is read that are paths, and not names of the Hub."""
+    return [Path(source) for source in sources if source is not None and Path(source).exists()]
 
 
 def is_orbax(directory: Path) -> bool:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     after = perplexity(params, held_out)
     print(f"\n--- after {args.steps} steps of {BATCH * LENGTH} tokens: perplexity {after:.1f}")
     sample()
-    jlora.peft.save(args.out, params, names="llama", base_model=MODEL, portable=True)
+    jlora.peft.save(args.out, params, names="llama", base_model=MODEL, task_type="CAUSAL_LM", portable=True)
     print(f"adapter for PEFT, vLLM, SGLang and llama.cpp: {args.out}")
     print(f"perplexity on the last {held_out.size:,} tokens of the play, as the model comes and with LoRA:")
     base = f", {args.quantize}" if args.quantize else ""

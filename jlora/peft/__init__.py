@@ -1,6 +1,7 @@
 """Adapter files of Hugging Face's PEFT: read onto any tree, written from any tree; and whole models.
 
-Adapters of MLX-LM, of kohya's scripts and of diffusers are read too: the same arrays under other names.
+Adapters of MLX-LM, of kohya's scripts and of diffusers are read too: the same arrays under other names. All of them may
+lie in a directory, or on the Hugging Face Hub.
 
 References:
   https://huggingface.co/docs/peft/developer_guides/checkpoint
@@ -22,9 +23,12 @@ from jlora.peft.place import place, resize
 from jlora.peft.portable import low_rank
 from jlora.peft.portable import portable as _portable
 from jlora.peft.read import check_finite, read
+from jlora.peft.remote import adapter_at, push
 from jlora.peft.write import write
 
-__all__ = ["NAMES", "Layout", "from_safetensors", "load", "low_rank", "resize_tables", "save", "to_safetensors"]
+__all__ = [
+    "NAMES", "Layout", "from_safetensors", "load", "low_rank", "push", "resize_tables", "save", "to_safetensors"
+]  # fmt: skip
 
 
 def load(
@@ -38,6 +42,9 @@ def load(
     fan_in_fan_out: bool | Sequence[str] | None = None,
     allow_nonfinite: bool = False,
     allow_edited: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
 
@@ -49,7 +56,9 @@ def load(
 
     Args:
       directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, or ``adapter_model.bin`` where that is
-        not there; with ``adapters.safetensors`` of MLX-LM; or the path of a file of kohya's scripts or diffusers.
+        not there; with ``adapters.safetensors`` of MLX-LM; or the path of a file of kohya's scripts or diffusers. Where
+        no such path exists, ``"org/name"`` is a repository on the Hugging Face Hub; a `Path` is never one. Of that the
+        settings and the safetensors are downloaded, pickles never.
       params: any tree of arrays, placed or abstract. With PyTorch's names (a model's safetensors, nested by the dots,
         or the parameters of Transformers' Flax models) it needs no `names`.
       names: from PyTorch's names to the tree's: one of `NAMES`, or an ordered list of pairs such as
@@ -67,6 +76,9 @@ def load(
       allow_nonfinite: take NaN and infinite values as they are.
       allow_edited: take an ``adapter_config.json`` under which the weights mean something else than when `save` wrote
         both, as after an edit of ``lora_alpha``.
+      revision: a branch, a tag or a commit of the repository; None: its main branch.
+      token: for the Hub; None: that of the login (``hf auth login``), or of ``HF_TOKEN``; False: none.
+      cache_dir: where downloads are kept; None: where ``huggingface_hub`` keeps them. Its offline mode is heeded.
 
     Returns:
       The tree with a `jlora.LoraParam` or a DoRA node for each adapted kernel, factors in float32, and a
@@ -74,7 +86,10 @@ def load(
       its head too has one update, for both uses.
 
     Raises:
-      FileNotFoundError: if there are no such files.
+      FileNotFoundError: if there are no such files, neither here nor on the Hub.
+      PermissionError: if the Hub does not give them: the repository is gated, or private.
+      ConnectionError: if the Hub can't be asked, and its cache does not have them.
+      ImportError: if the Hub is to be asked, and ``huggingface_hub`` is not installed: ``pip install "jlora[hub]"``.
       TypeError: if the tree is wrapped already.
       ValueError: if the files are not what these tools write, or do not fit the tree, or fit in several places of it.
 
@@ -89,7 +104,8 @@ def load(
       >>> again["layers"]["0"]["q_proj"]["weight"].lora_a.shape
       (3, 2)
     """
-    adapter = read_any(directory, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+    at = adapter_at(directory, revision=revision, token=token, cache_dir=cache_dir)
+    adapter = read_any(at, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
     try:
         return place(adapter, params, names, sites, prefix, fan_in_fan_out)
     except ValueError as error:
@@ -103,6 +119,9 @@ def resize_tables(
     *,
     names: str | Sequence[Entry] | None = None,
     prefix: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Any:
     """Gives a tree the vocabulary of an adapter that was trained with more tokens: its tables, and its head.
 
@@ -111,9 +130,12 @@ def resize_tables(
 
     Args:
       params: any tree of arrays, or abstract, as of `load`.
-      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``, or a name of the Hub, as of `load`.
       names: as in `load`.
       prefix: as in `load`.
+      revision: as in `load`.
+      token: as in `load`.
+      cache_dir: as in `load`.
 
     Returns:
       The tree, with other tables where the adapter has more rows, or fewer.
@@ -131,7 +153,8 @@ def resize_tables(
       >>> tree["embed_tokens"]["embedding"].shape
       (12, 4)
     """
-    return resize(read(directory, allow_nonfinite=True), params, names, prefix)
+    at = adapter_at(directory, revision=revision, token=token, cache_dir=cache_dir)
+    return resize(read(at, allow_nonfinite=True), params, names, prefix)
 
 
 def save(
@@ -140,19 +163,23 @@ def save(
     *,
     names: str | Sequence[Entry] | None = None,
     base_model: str | None = None,
+    task_type: str | None = None,
     portable: bool = False,
     allow_nonfinite: bool = False,
 ) -> None:
     """Writes the adapter of a wrapped tree as PEFT does: a few MB, without the base.
 
     Low-rank variants are written as plain LoRA of the same function (those that started from parts of the kernel with
-    twice the rank), DoRA as itself.
+    twice the rank), DoRA as itself. Beside it lies a card, ``README.md``, which says what it is and how it is loaded.
 
     Args:
-      directory: for ``adapter_config.json`` and ``adapter_model.safetensors``; each appears whole or not at all.
+      directory: for ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``; each appears whole or not
+        at all. A ``README.md`` that somebody else wrote, or edited, is left as it is.
       tree: a wrapped tree.
       names: as in `load`.
-      base_model: the model's name, for ``base_model_name_or_path``.
+      base_model: the model's name, for ``base_model_name_or_path`` and the card.
+      task_type: PEFT's, by which it opens the base: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ``"SEQ_2_SEQ_LM"``,
+        ``"TOKEN_CLS"``, ``"QUESTION_ANS"`` or ``"FEATURE_EXTRACTION"``; None: not said.
       portable: write what vLLM, SGLang, llama.cpp and TGI read alike: every scale folded into B, one rank, no patterns,
         all layers.
       allow_nonfinite: write NaN and infinite values as they are.
@@ -160,9 +187,9 @@ def save(
     Raises:
       TypeError: if nothing in the tree is wrapped.
       ValueError: if a leaf has no name in PyTorch, or its adapter no form in PEFT, or with `portable` none there; the
-        message says what to do.
+        message says what to do. Or if PEFT has no such task.
     """
     collected = collect(tree, names)
     if not allow_nonfinite:
         check_finite("peft.save", collected.adapter)
-    write(Path(directory), _portable(collected) if portable else collected, base_model)
+    write(Path(directory), _portable(collected) if portable else collected, base_model, task_type)

@@ -86,6 +86,13 @@ def _umask() -> int:
     return mask
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text, whole or not at all."""
+    with replacing(path) as aside, aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        flush(file)
+
+
 def flush(file: Any) -> None:
     """Has the file's bytes on the disk before it is renamed."""
     file.flush()

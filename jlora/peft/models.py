@@ -152,15 +152,25 @@ def files_of(directory: str | Path) -> dict[str, TensorFile]:
             hint = f"; it has {', '.join(others)}: give the file's own path" if others else ""
             raise FileNotFoundError(f"{directory} has no {SINGLE} and no {INDEX}{pickled}{hint}")
         return {SINGLE: TensorFile(directory / SINGLE)}
-    weights = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weights, dict) or not all(isinstance(x, str) and _SHARD.fullmatch(x) for x in weights.values()):
-        raise ValueError(f"{directory / INDEX} must map names of tensors to names of files beside it")
+    weights = shards_of(directory)
     if gone := sorted(name for name in {*weights.values()} if not (directory / name).is_file()):
         raise FileNotFoundError(f"{directory / INDEX} names {gone[0]}, which is not there")
     files = {name: TensorFile(directory / name) for name in sorted({*weights.values()})}
     if lost := [name for name, file in weights.items() if name not in files[file].infos]:
         raise ValueError(f"{directory / INDEX} has {lost[0]} in {weights[lost[0]]}, which does not have it")
     return files
+
+
+def shards_of(directory: Path) -> dict[str, str]:
+    """The file of each tensor, by the index in a directory.
+
+    Raises:
+      ValueError: if it names no files beside it.
+    """
+    weights = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(x, str) and _SHARD.fullmatch(x) for x in weights.values()):
+        raise ValueError(f"{directory / INDEX} must map names of tensors to names of files beside it")
+    return weights
 
 
 def from_safetensors(

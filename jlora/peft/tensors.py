@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jlora.peft.files import flush, replacing
+from jlora.peft.files import flush, replacing, write_text
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -135,9 +135,7 @@ def write_tensors(
 
 def write_json(path: Path, data: Any) -> None:
     """Writes a JSON file, whole or not at all."""
-    with replacing(path) as aside, aside.open("w") as file:
-        file.write(json_of(data))
-        flush(file)
+    write_text(path, json_of(data))
 
 
 def json_of(data: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Update
+from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
 from jlora.peft.files import locked
@@ -22,14 +23,15 @@ from jlora.peft.settings import CONFIG, WEIGHTS, header
 from jlora.peft.tensors import TensorInfo, write_json, write_tensors
 
 
-def write(directory: Path, collected: Collected, base_model: str | None = None) -> None:
-    """Writes ``adapter_model.safetensors`` and ``adapter_config.json``, each whole or not at all.
+def write(directory: Path, collected: Collected, base_model: str | None = None, task_type: str | None = None) -> None:
+    """Writes ``adapter_model.safetensors``, ``adapter_config.json`` and a card, each whole or not at all.
 
     Raises:
-      ValueError: if PEFT has no settings for such an adapter.
+      ValueError: if PEFT has no settings for such an adapter, or no such task.
     """
+    task_type = checked_task(task_type)
     adapter, frozen = _with_head(collected.adapter, collected.known), dict(collected.frozen)
-    settings = _settings(adapter, collected.known, frozen, base_model)
+    settings = _settings(adapter, collected.known, frozen, base_model) | {"task_type": task_type}
     if not collected.is_all_known:  # of the model: a short name might be another module's too
         settings["target_modules"] = sorted(n for n, update in adapter.updates.items() if update.kind != EXPERTS)
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
@@ -39,6 +41,7 @@ def write(directory: Path, collected: Collected, base_model: str | None = None) 
     with locked(directory):
         write_tensors(directory / WEIGHTS, infos, tensors.__getitem__, header(directory, settings))
         write_json(directory / CONFIG, settings)
+        write_card(directory, settings)
 
 
 def _with_head(adapter: Adapter, known: Mapping[str, bool]) -> Adapter:
@@ -119,7 +122,6 @@ def _settings(
     tied = tied_table(known)
     return {
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,

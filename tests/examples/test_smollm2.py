@@ -329,7 +329,8 @@ def test_the_whole_job_on_a_quantised_base(tiny_job, tmp_path, capsys):
     assert " bits a weight of the frozen kernels, as nf4\n" in printed
     (first, before), (last, after) = (line.rsplit(" ", 1) for line in printed.splitlines()[-2:])
     assert (first, last) == ("pretrained, nf4", "LoRA, nf4") and float(after) < float(before)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
 
 def test_without_qwix_is_one_line_and_no_download(monkeypatch, capsys):

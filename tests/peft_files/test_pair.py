@@ -162,4 +162,4 @@ def test_a_reader_beside_two_writers_meets_whole_adapters(two):
         stop.set()
         for writer in writers:
             writer.join()
-    assert {path.name for path in first.iterdir()} == {CONFIG, WEIGHTS}
+    assert {path.name for path in first.iterdir()} == {CONFIG, WEIGHTS, "README.md"}

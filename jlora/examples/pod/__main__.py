@@ -115,7 +115,8 @@ def export(params: Any, mesh: Mesh, args: argparse.Namespace) -> None:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen)
         tree = jlora.combine(jax.tree.map(np.asarray, whole), shapes)
         model = None if args.tiny else MODEL
-        jlora.peft.save(args.out / "adapter", tree, names="llama", base_model=model, portable=True)
+        told = {"base_model": model, "task_type": "CAUSAL_LM"}
+        jlora.peft.save(args.out / "adapter", tree, names="llama", portable=True, **told)
         print(f"adapter for PEFT, vLLM, SGLang and llama.cpp: {args.out / 'adapter'}", flush=True)
 
 
