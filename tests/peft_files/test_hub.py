@@ -435,7 +435,7 @@ def test_a_push_that_reaches_no_hub(hub, saved, monkeypatch):
 def test_the_environment_says_where_the_hub_is(hub, tmp_path):
     environment = os.environ | {
         "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT),
-        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     command = [sys.executable, "-m", "jlora", "merge", BASE, NAME, "out"]
     run = lambda **more: subprocess.run(command, capture_output=True, text=True, env=environment | more)
