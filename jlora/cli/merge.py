@@ -29,7 +29,7 @@ from jlora.nodes.node import is_node
 from jlora.peft.adapter import Adapter
 from jlora.peft.build import onto
 from jlora.peft.files import clear
-from jlora.peft.models import INDEX, SINGLE, files_of
+from jlora.peft.models import INDEX, OTHERS, SINGLE, copy_beside, files_of
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.place import place
 from jlora.peft.read import PICKLE, read
@@ -39,7 +39,6 @@ from jlora.peft.tensors import TensorFile, TensorInfo, read_json, write_json, wr
 from jlora.tree import merge
 
 MARK = "jlora-merge.json"
-OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,13 +216,7 @@ def _merge_file(file: TensorFile, merger: Merger, path: Path, advance: Callable[
 def _finish(given: argparse.Namespace, partial: Path) -> None:
     """Copies what stands beside the weights, and puts the directory in its place."""
     if given.base.is_dir():
-        for path in sorted(given.base.iterdir()):
-            if path.is_file() and path.suffix in OTHERS and path.name != MARK:
-                shutil.copyfile(path, partial / path.name)
-    if given.dtype is not None and (partial / "config.json").is_file():
-        settings = read_json(partial / "config.json")
-        told = {name: given.dtype for name in ("dtype", "torch_dtype") if name in settings}
-        write_json(partial / "config.json", settings | told)
+        copy_beside(given.base, partial, given.dtype, but=(MARK,))
     if given.out.exists():
         shutil.rmtree(_replaced(given.out), ignore_errors=True)
         os.replace(given.out, _replaced(given.out))

