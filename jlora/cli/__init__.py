@@ -1,4 +1,4 @@
-"""The command line, ``jlora``: look at adapters, merge, convert and compare them.
+"""The command line, ``jlora``: look at adapters, merge, convert and compare them; read other tools' settings.
 
 Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`), 2 not done: the message says why.
 """
@@ -10,9 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jlora.cli import convert, diff, inspect, merge
+from jlora.cli import convert, diff, doctor, inspect, merge, spec
 
-COMMANDS = (inspect, merge, convert, diff)
+COMMANDS = (inspect, merge, convert, diff, spec, doctor)
+
+ABOUT = "Look at LoRA adapters, merge, convert and compare them; read other tools' settings."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    made = argparse.ArgumentParser(prog="jlora", description="Look at LoRA adapters, merge, convert and compare them.")
+    made = argparse.ArgumentParser(prog="jlora", description=ABOUT)
     made.epilog = (
         "An adapter is a directory of PEFT's (adapter_config.json, adapter_model.safetensors) or of Orbax's. Where "
         "there is none, org/name is one of the Hugging Face Hub; its token is that of hf auth login, or HF_TOKEN."

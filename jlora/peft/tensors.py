@@ -6,7 +6,6 @@ bfloat16 too, so that no more than one of them is in memory.
 
 from __future__ import annotations
 
-import collections
 import json
 import mmap
 import os
@@ -19,6 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jlora.peft.files import flush, replacing, write_text
+from jlora.spec.files import parsed as parsed
+from jlora.spec.files import read_json as read_json
+from jlora.spec.files import unique
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -141,48 +143,6 @@ def write_json(path: Path, data: Any) -> None:
 def json_of(data: Any) -> str:
     """What `write_json` writes."""
     return json.dumps(data, indent=2, sort_keys=True) + "\n"
-
-
-def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
-
-    Raises:
-      ValueError: if it is too long, no JSON, no object, or has a key twice or a number that is not finite.
-    """
-    if path.stat().st_size > limit:
-        raise ValueError(f"{path} is no JSON file that can be trusted: it has over {limit} bytes")
-    return parsed(str(path), path.read_bytes())
-
-
-def parsed(where: str, text: str | bytes) -> dict[str, Any]:
-    """The JSON object in a text; `where` it is, for messages. Errors as of `read_json`."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is no number of JSON")
-
-    try:
-        data = json.loads(text, parse_constant=refuse, object_pairs_hook=lambda pairs: unique(where, pairs))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON file that can be trusted: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} must hold a JSON object, found {type(data).__name__}")
-    return data
-
-
-def unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The pairs of a JSON object.
-
-    Raises:
-      ValueError: if a name is there twice.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counted = collections.Counter(name for name, _ in pairs)
-        twice = sorted(name for name, count in counted.items() if count > 1)[:3]
-        raise ValueError(
-            f"{where}: its header has {twice} twice; such a file means different things to different readers"
-        )
-    return found
 
 
 def are_finite(array: np.ndarray) -> bool:

@@ -49,6 +49,8 @@ IGNORED = (
     " lora_embedding_kernel qlora_sharded_model_loading lora_fan_in_fan_out peft_ensure_weight_tying relora_prune_ratio"
     " relora_prune_method relora_cpu_offload relora_steps relora_warmup_steps relora_anneal_steps"
 )
+OWN = "adapter lora_target_linear peft_autocast_adapter_dtype peft freeze_mm_modules"
+ADAPTER = frozenset((*NAMES.values(), *REFUSED, *OWN.split()))
 
 
 def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +59,7 @@ def from_axolotl(config: Mapping[str, Any]) -> dict[str, Any]:
     config = mapping(where, config)
     refuse_others(where, config)
     given = Settings(where, config)
-    own = "adapter lora_target_linear peft_autocast_adapter_dtype peft freeze_mm_modules"
-    given.refuse_unknown({*NAMES.values(), *REFUSED, *f"{own} {IGNORED}".split()}, PREFIXES)
+    given.refuse_unknown({*ADAPTER, *IGNORED.split()}, PREFIXES)
     _refuse(given)
     is_linear = given.flag("lora_target_linear")
     values = {name: given.get(theirs) for name, theirs in NAMES.items()}

@@ -66,6 +66,9 @@ REFUSED = {
 }
 # of the optimizer: jlora.optimizer(b_lr_ratio=...); of saving; a spec is always of a new adapter
 IGNORED = "loraplus_lr_ratio loraplus_lr_embedding pissa_convert create_new_adapter"
+OWN = "finetuning_type pissa_init resize_vocab"
+ADAPTER = frozenset((*LORA.values(), *OFT.values(), *REFUSED, *FROZEN, *OWN.split()))
+V1_ADAPTER = frozenset(("name", "adapter_name_or_path", *V1))
 
 
 def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +79,7 @@ def from_llamafactory(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("peft_config") is not None:
         return _from_v1(where, config["peft_config"])
     given = Settings(where, config)
-    own = "finetuning_type pissa_init resize_vocab"
-    given.refuse_unknown({*LORA.values(), *OFT.values(), *REFUSED, *FROZEN, *f"{own} {IGNORED}".split()}, PREFIXES)
+    given.refuse_unknown({*ADAPTER, *IGNORED.split()}, PREFIXES)
     given.refuse_set(REFUSED)
     if given.is_set("resize_vocab") and not given.is_set("additional_target"):
         given.refuse("resize_vocab", "it trains the embeddings in full; name them in additional_target")
@@ -115,7 +117,7 @@ def _from_v1(where: str, config: Any) -> dict[str, Any]:
     given = Settings(where, mapping(where, config), {name: f"peft_config.{name}" for name in ("name", *config)})
     if given.get("name") != "lora":
         given.refuse("name", "it trains layers in full, or it is not known; the adapters of v1 are 'lora'")
-    given.refuse_unknown({"name", "adapter_name_or_path", *V1, *V1_IGNORED})
+    given.refuse_unknown({*V1_ADAPTER, *V1_IGNORED})
     given.refuse_set({"adapter_name_or_path": REFUSED["adapter_name_or_path"]})
     values = V1 | {name: value for name, value in given.values.items() if name in V1 and value is not None}
     targets = values["target_modules"]
@@ -125,9 +127,10 @@ def _from_v1(where: str, config: Any) -> dict[str, Any]:
 
 def _lora(given: Settings) -> dict[str, Any]:
     rank = given.get("lora_rank", 8)
+    alpha = given.get("lora_alpha") or (rank * 2 if type(rank) is int else 16)
     return _values(given, LORA) | {
         "r": rank,
-        "lora_alpha": given.get("lora_alpha") or rank * 2,
+        "lora_alpha": alpha,
         "target_modules": _targets(given.get("lora_target", "all")),
         "modules_to_save": _split(given.get("additional_target")),
         "init_lora_weights": _init(given) if given.flag("pissa_init") else True,

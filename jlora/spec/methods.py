@@ -6,7 +6,7 @@ Names and defaults are those of PEFT 0.21, https://huggingface.co/docs/peft/pack
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jlora.spec import modules
@@ -108,19 +108,19 @@ def _oft(settings: Settings) -> dict[str, Any]:
     return {
         "variant": "oft",
         "bias": _bias(settings),
-        "options": {"block_size": settings.get("oft_block_size", 32)},
+        "options": {"block_size": settings.number("oft_block_size", 32)},
     }
 
 
 def _boft(settings: Settings) -> dict[str, Any]:
     _default_init(settings, "init_weights")
-    size, factors = settings.get("boft_block_size", 4), settings.get("boft_n_butterfly_factor", 1)
+    size, factors = settings.number("boft_block_size", 4), settings.number("boft_n_butterfly_factor", 1)
     return {"variant": "boft", "bias": _bias(settings), "options": {"block_size": size, "factors": factors}}
 
 
 def _vera(settings: Settings) -> dict[str, Any]:
     _default_init(settings, "init_weights")
-    d_initial, seed = settings.get("d_initial", 0.1), settings.get("projection_prng_key", 0)
+    d_initial, seed = settings.number("d_initial", 0.1), settings.number("projection_prng_key", 0)
     return {
         "variant": "vera",
         "rank": settings.get("r", 256),
@@ -152,10 +152,8 @@ def _bias(settings: Settings) -> Any:
 
 
 def _overrides(settings: Settings) -> dict[str, dict[str, Any]]:
-    patterns = [settings.get(name, {}) for name in ("rank_pattern", "alpha_pattern")]
+    patterns = [settings.keyed(name) for name in ("rank_pattern", "alpha_pattern")]
     for name, pattern in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True):
-        if not isinstance(pattern, Mapping):
-            settings.refuse(name, "it must map patterns of modules' names to numbers")
         if pattern and settings.is_set("target_parameters"):
             settings.refuse(name, "beside target_parameters it does not tell which it means; give overrides of our own")
     return modules.overrides(*patterns)

@@ -54,7 +54,10 @@ def converted(settings: Settings) -> dict[str, Any]:
 
 
 def _places(settings: Settings) -> dict[str, Any]:
-    saved = settings.listed("modules_to_save") + HEADS.get(settings.get("task_type"), ())
+    task = settings.get("task_type", "")
+    if not isinstance(task, str):
+        settings.refuse("task_type", "it is a name of PEFT's, such as 'CAUSAL_LM'")
+    saved = settings.listed("modules_to_save") + HEADS.get(task, ())
     targets, train = _targets(settings), modules.within(saved)
     return {
         "targets": targets,
@@ -109,5 +112,6 @@ def _layers_name(settings: Settings, layers: Any) -> str | tuple[str, ...] | Non
 def _tokens(settings: Settings) -> dict[str, Any]:
     given = settings.get("trainable_token_indices", ())
     if isinstance(given, Mapping):
-        return {pattern: ids for name, ids in given.items() for pattern in modules.ending([name])}
+        tables = settings.keyed("trainable_token_indices")
+        return {pattern: ids for name, ids in tables.items() for pattern in modules.ending([name])}
     return {modules.EMBEDDING: given} if settings.is_set("trainable_token_indices") else {}

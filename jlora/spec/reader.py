@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 UNSET = (None, False, 0)
 MAX_NAMES = 10_000  # in a list: each is a part of a regular expression
@@ -41,6 +41,20 @@ class Settings:
         value = self.get(name, False)
         if not isinstance(value, bool):
             raise ValueError(f"{self.where}: {self.names.get(name, name)} must be true or false, found {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> Any:
+        """A setting that is a finite number."""
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not abs(value) < float("inf"):
+            raise ValueError(f"{self.where}: {self.names.get(name, name)} must be a number, found {_short(value)}")
+        return value
+
+    def keyed(self, name: str) -> Mapping[str, Any]:
+        """A setting that maps names to values, and is empty by default."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            self.refuse(name, "it must map patterns of modules' names to values")
         return value
 
     def listed(self, name: str) -> tuple[str, ...]:
@@ -92,15 +106,52 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# By the function that reads them: what settings are, and names that such alone have.
-TOOLS = {
-    "LoraSpec.from_peft": ("an adapter_config.json of PEFT's", ("peft_type",)),
-    "LoraSpec.from_llamafactory": (
-        "a configuration of LLaMA-Factory's",
-        ("finetuning_type", "lora_target", "lora_rank", "peft_config"),
+class Tool(NamedTuple):
+    """How a tool's settings are told from those of the others.
+
+    Args:
+      what: they are.
+      alone: names that the tool alone has.
+      shared: names that it has, and some of the others.
+    """
+
+    what: str
+    alone: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+
+
+TOOLS = {  # by the function that reads them
+    "LoraSpec.from_peft": Tool("an adapter_config.json of PEFT's", ("peft_type", "target_modules", "r")),
+    "LoraSpec.from_llamafactory": Tool(
+        "a configuration of LLaMA-Factory's", ("finetuning_type", "lora_target", "lora_rank", "peft_config")
     ),
-    "LoraSpec.from_axolotl": ("a configuration of Axolotl's", ("lora_r", "lora_target_modules", "lora_target_linear")),
+    "LoraSpec.from_axolotl": Tool(
+        "a configuration of Axolotl's",
+        ("adapter", "lora_target_linear", "base_model"),
+        ("lora_r", "lora_target_modules"),
+    ),
+    "LoraSpec.from_fastchat": Tool(
+        "a configuration of FastChat's",
+        ("q_lora", "lora_weight_path", "model_max_length", "lazy_preprocess"),
+        ("lora_r", "lora_target_modules"),
+    ),
 }
+
+
+def readers_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The functions that may read some settings, each with a name that tells it.
+
+    A name that one tool alone has tells more than those that are shared.
+
+    Example:
+      >>> readers_of({"lora_r": 8, "q_lora": True})
+      {'LoraSpec.from_fastchat': 'q_lora'}
+      >>> [*readers_of({"lora_r": 8})]
+      ['LoraSpec.from_axolotl', 'LoraSpec.from_fastchat']
+    """
+    found = lambda names: next((name for name in names if config.get(name) is not None), None)
+    alone = {reader: name for reader, tool in TOOLS.items() if (name := found(tool.alone))}
+    return alone or {reader: name for reader, tool in TOOLS.items() if (name := found(tool.shared))}
 
 
 def refuse_others(where: str, config: Mapping[str, Any]) -> None:
@@ -109,13 +160,11 @@ def refuse_others(where: str, config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: if there are names that the other alone has, and none that this one alone has.
     """
-    found = {
-        reader: next((name for name in names if config.get(name) is not None), None)
-        for reader, (_, names) in TOOLS.items()
-    }
-    if found[where] is None and (others := [reader for reader, name in found.items() if name is not None]):
-        what, _ = TOOLS[others[0]]
-        raise ValueError(f"{where}: this is {what}, since it has {found[others[0]]!r}; {others[0]} reads it")
+    found = readers_of(config)
+    if found and where not in found:
+        what = " or ".join(TOOLS[reader].what for reader in found)
+        name = next(iter(found.values()))
+        raise ValueError(f"{where}: this is {what}, since it has {name!r}; {' or '.join(found)} reads it")
 
 
 def mapping(where: str, config: Any) -> dict[str, Any]:
@@ -124,9 +173,11 @@ def mapping(where: str, config: Any) -> dict[str, Any]:
     Raises:
       ValueError: if they are no mapping from names.
     """
-    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+    names = config if isinstance(config, Mapping) else ()
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in names):
+        odd = next((f" with the key {name!r}" for name in names if not isinstance(name, str)), "")
         raise ValueError(
-            f"{where}: expected a mapping from settings to values, such as json.load or yaml.safe_load returns, found "
-            f"{type(config).__name__}"
+            f"{where}: expected a mapping from settings to values, such as json.load or yaml.safe_load returns, or the "
+            f"path of their file, found {type(config).__name__}{odd}"
         )
     return dict(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from jlora.nodes.axes import Axes
 from jlora.nodes.kernel import KernelSpec
 from jlora.nodes.node import AdaptedParam
 from jlora.spec.axolotl import from_axolotl
+from jlora.spec.fastchat import from_fastchat
+from jlora.spec.files import CONFIG, settings_of
 from jlora.spec.llamafactory import from_llamafactory
 from jlora.spec.peft import from_peft
 from jlora.spec.validate import DROPOUT, INIT, check_known, checked, class_of, known_settings, plain_data, told
@@ -148,7 +151,7 @@ class LoraSpec:
         return cls(**data)
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoraSpec:
+    def from_peft(cls, config: Mapping[str, Any] | str | os.PathLike[str] | Any) -> LoraSpec:
         """The spec of an ``adapter_config.json``, or of the settings of PEFT's ``LoraConfig``, with PEFT's defaults.
 
         Names of modules are matched by PEFT's rules against the dotted path of the module that holds a leaf,
@@ -162,10 +165,15 @@ class LoraSpec:
 
         Args:
           config: settings by PEFT's names, such as ``json.load`` returns. Those that tell nothing of the adapter
-            (``base_model_name_or_path``, ``inference_mode``, ...) and unknown ones that are None are ignored.
+            (``base_model_name_or_path``, ``inference_mode``, ...) and unknown ones that are None are ignored. Or a
+            configuration of PEFT's, such as its ``LoraConfig``; or the path of a JSON or YAML file, or of a directory
+            with an ``adapter_config.json``.
 
         Raises:
-          ValueError: if a setting is unknown or can't be honoured; the message says which, why, and what to do.
+          ValueError: if a setting is unknown or can't be honoured; the message says which, why, and what to do. Or if
+            the file can't be trusted to hold settings.
+          FileNotFoundError: if there is no such file.
+          ImportError: if it is YAML, and PyYAML is not installed.
 
         Example:
           >>> spec = LoraSpec.from_peft({"r": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": True})
@@ -175,20 +183,22 @@ class LoraSpec:
         References:
           https://huggingface.co/docs/peft/package_reference/lora
         """
-        return _spec_of(cls, "from_peft", from_peft(config))
+        return _spec_of(cls, "from_peft", from_peft, config, CONFIG)
 
     @classmethod
-    def from_axolotl(cls, config: Mapping[str, Any]) -> LoraSpec:
+    def from_axolotl(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> LoraSpec:
         """The spec of the adapter in an Axolotl configuration, matched as `from_peft` does.
 
         Args:
-          config: the whole configuration, such as ``yaml.safe_load`` returns; what is not the adapter's is ignored. So
-            are ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``, and ``load_in_4bit``: the base
-            of a ``qlora`` is quantised on its own, by `jlora.quant.quantize`, before `jlora.wrap`. With
-            ``freeze_mm_modules`` the towers of other modalities and their projectors are left out (``exclude``).
+          config: the whole configuration, such as ``yaml.safe_load`` returns, or the path of its YAML or JSON file;
+            what is not the adapter's is ignored. So are ``loraplus_lr_ratio``, which `jlora.optimizer` takes as
+            ``b_lr_ratio``, and ``load_in_4bit``: the base of a ``qlora`` is quantised on its own, by
+            `jlora.quant.quantize`, before `jlora.wrap`. With ``freeze_mm_modules`` the towers of other modalities and
+            their projectors are left out (``exclude``).
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured.
+          FileNotFoundError, ImportError: of a file, as of `from_peft`.
 
         Example:
           >>> config = {"adapter": "qlora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True, "bf16": True}
@@ -198,22 +208,24 @@ class LoraSpec:
         References:
           https://docs.axolotl.ai/docs/config-reference.html
         """
-        return _spec_of(cls, "from_axolotl", from_axolotl(config))
+        return _spec_of(cls, "from_axolotl", from_axolotl, config)
 
     @classmethod
-    def from_llamafactory(cls, config: Mapping[str, Any]) -> LoraSpec:
+    def from_llamafactory(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> LoraSpec:
         """The spec of the adapter in a LLaMA-Factory configuration, matched as `from_peft` does.
 
         Args:
-          config: the whole configuration, such as ``yaml.safe_load`` returns, flat or with a ``peft_config`` as v1 has
-            it; what is not the adapter's is ignored. So is ``loraplus_lr_ratio``, which `jlora.optimizer` takes as
-            ``b_lr_ratio``. Of a model of several modalities ``freeze_vision_tower`` and
-            ``freeze_multi_modal_projector`` are true by default, and ``freeze_language_model`` false: what they freeze
-            is left out (``exclude``), where a model has it. ``lora_target: all`` never names the projector.
+          config: the whole configuration, such as ``yaml.safe_load`` returns, or the path of its YAML or JSON file. It
+            is flat, or has a ``peft_config`` as v1's. What is not the adapter's is ignored. So is
+            ``loraplus_lr_ratio``, which `jlora.optimizer` takes as ``b_lr_ratio``. Of a model of several modalities
+            ``freeze_vision_tower`` and ``freeze_multi_modal_projector`` are true by default, and
+            ``freeze_language_model`` false: what they freeze is left out (``exclude``), where a model has it.
+            ``lora_target: all`` never names the projector.
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or
             the configuration is another tool's.
+          FileNotFoundError, ImportError: of a file, as of `from_peft`.
 
         Example:
           >>> spec = LoraSpec.from_llamafactory({"finetuning_type": "lora", "lora_rank": 16, "pissa_init": True})
@@ -223,11 +235,42 @@ class LoraSpec:
         References:
           https://llamafactory.readthedocs.io/en/latest/
         """
-        return _spec_of(cls, "from_llamafactory", from_llamafactory(config))
+        return _spec_of(cls, "from_llamafactory", from_llamafactory, config)
+
+    @classmethod
+    def from_fastchat(cls, settings: Mapping[str, Any] | str | os.PathLike[str]) -> LoraSpec:
+        """The spec of the adapter in FastChat's settings of a training run, matched as `from_peft` does.
+
+        Args:
+          settings: those of ``fastchat.train.train_lora`` by the names of its flags, or the path of their JSON or YAML
+            file. What is not the adapter's is ignored: FastChat's settings of models, data and training, and those of
+            Transformers' ``TrainingArguments``. So is ``q_lora``: the base is quantised on its own, by
+            `jlora.quant.quantize`, before `jlora.wrap`. ``lora_bias`` is PEFT's ``bias``.
+
+        Raises:
+          ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or
+            the settings are another tool's.
+          FileNotFoundError, ImportError: of a file, as of `from_peft`.
+
+        Example:
+          >>> spec = LoraSpec.from_fastchat({"lora_r": 16, "q_lora": True, "learning_rate": 2e-5})
+          >>> spec.rank, spec.alpha, spec.dropout, spec.bias
+          (16, 16, 0.05, 'none')
+
+        References:
+          https://github.com/lm-sys/FastChat, fastchat/train/train_lora.py
+        """
+        return _spec_of(cls, "from_fastchat", from_fastchat, settings)
 
 
-def _spec_of(cls: type[LoraSpec], name: str, fields: Mapping[str, Any]) -> LoraSpec:
+def _spec_of(
+    cls: type[LoraSpec], name: str, read: Callable[[Any], dict[str, Any]], given: Any, config: str | None = None
+) -> LoraSpec:
+    where = f"LoraSpec.{name}"
+    settings, path = settings_of(where, given, config)
     try:
-        return cls(**fields)
+        return cls(**read(settings))
     except ValueError as error:
-        raise ValueError(f"LoraSpec.{name}: {str(error).removeprefix('LoraSpec: ')}") from None
+        told = str(error).removeprefix("LoraSpec: ")
+        told = told if told.startswith(where) else f"{where}: {told}"
+        raise ValueError(f"{told} (in {path})" if path else told) from None

@@ -1,4 +1,4 @@
-"""`LoraSpec.from_peft`, `from_axolotl`, `from_llamafactory`: other tools' settings, and PEFT's rules of matching."""
+"""`LoraSpec.from_peft` and those beside it: other tools' settings, and PEFT's rules of matching."""
 
 import dataclasses
 import re
@@ -350,6 +350,12 @@ REFUSED = {
     "parameters": ({"target_modules": "all-linear", "target_parameters": ["a"]}, "target_parameters=['a'] can't be"),
     "ranks of parameters": ({"target_parameters": ["a"], "rank_pattern": {"a": 1}}, "beside target_parameters"),
     "not a pattern": ({"rank_pattern": [1]}, "rank_pattern=[1] can't be honoured: it must map"),
+    "no names": ({"rank_pattern": {1: 2}}, "rank_pattern={1: 2} can't be honoured: it must map"),
+    "no tables": ({"trainable_token_indices": {1: [2]}}, "trainable_token_indices={1: [2]} can't be honoured"),
+    "task": ({"task_type": ["SEQ_CLS"]}, "task_type=['SEQ_CLS'] can't be honoured"),
+    "block": ({"peft_type": "OFT", "oft_block_size": [8]}, "from_peft: oft_block_size must be a number, found [8]"),
+    "endless block": ({"peft_type": "BOFT", "boft_block_size": float("inf")}, "boft_block_size must be a number"),
+    "start": ({"peft_type": "VERA", "d_initial": "x"}, "d_initial must be a number, found 'x'"),
     "not a regex": ({"target_modules": "q("}, "no valid regular expression"),
     "adalora r": ({"peft_type": "ADALORA", "r": 4}, "rank at the start is init_r"),
     "adalora dora": ({"peft_type": "ADALORA", "use_dora": True}, "AdaLoRA does not use it"),
@@ -372,8 +378,10 @@ def test_what_cant_be_honoured_is_an_error(config, message):
     assert "LoraSpec.from_peft" in str(error.value)
 
 
-@pytest.mark.parametrize("build", [LoraSpec.from_peft, LoraSpec.from_axolotl, LoraSpec.from_llamafactory])
-@pytest.mark.parametrize("config", [None, "adapter_config.json", {1: 2}])
+@pytest.mark.parametrize(
+    "build", [LoraSpec.from_peft, LoraSpec.from_axolotl, LoraSpec.from_llamafactory, LoraSpec.from_fastchat]
+)
+@pytest.mark.parametrize("config", [None, 3, b"adapter_config.json", ["r"], {1: 2}])
 def test_settings_are_a_mapping_from_names(build, config):
     with pytest.raises(ValueError, match="expected a mapping from settings to values"):
         build(config)
@@ -579,6 +587,7 @@ FACTORY_REFUSED = {
     "full": ({"finetuning_type": "full"}, "it trains no adapter"),
     "freeze": ({"finetuning_type": "freeze"}, "it trains no adapter"),
     "rank": ({"lora_rank": "16"}, "from_llamafactory: rank must be an integer of at least 1, found '16'"),
+    "ranks": ({"lora_rank": {"a": 1}}, "from_llamafactory: rank must be an integer of at least 1, found {'a': 1}"),
     "resume": ({"adapter_name_or_path": "saves"}, "LoraSpec.from_peft"),
     "blocks": ({"use_llama_pro": True}, "use_llama_pro=True can't"),
     "galore": ({"use_galore": True}, "without LoRA only"),
@@ -664,6 +673,7 @@ OTHERS = {
     "from_peft": {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]},
     "from_axolotl": {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "lora_target_linear": True},
     "from_llamafactory": {"finetuning_type": "lora", "lora_rank": 16, "lora_target": "all"},
+    "from_fastchat": {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj"], "q_lora": False},
 }
 
 
@@ -677,6 +687,84 @@ def test_a_configuration_is_read_by_its_own_function(build, theirs):
         return
     with pytest.raises(ValueError, match=rf"LoraSpec.{build}: this is .*; LoraSpec.{reader} reads it"):
         getattr(LoraSpec, build)(config)
+
+
+def test_names_that_two_tools_share_are_read_by_either_and_by_no_third():
+    shared = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj"]}
+    assert LoraSpec.from_fastchat(shared).rank == LoraSpec.from_axolotl(shared | {"adapter": "lora"}).rank == 16
+    told = "Axolotl's or a configuration of FastChat's, since it has 'lora_r'; LoraSpec.from_axolotl or LoraSpec.from_f"
+    for build in (LoraSpec.from_peft, LoraSpec.from_llamafactory):
+        with pytest.raises(ValueError, match=told):
+            build(shared)
+
+
+@pytest.mark.parametrize("name", ["adapter", "base_model", "lora_target_linear"])
+def test_a_name_of_axolotls_alone_makes_shared_ones_axolotls(name):
+    with pytest.raises(ValueError, match=f"this is a configuration of Axolotl's, since it has {name!r}"):
+        LoraSpec.from_fastchat({"lora_r": 16, "lora_alpha": 32, name: "lora"})
+
+
+# -------------------------------------------------------------------------------- FastChat
+
+RUN = {
+    "model_name_or_path": "lmsys/vicuna-7b-v1.5", "trust_remote_code": False, "padding_side": "right",
+    "data_path": "data.json", "eval_data_path": None, "lazy_preprocess": True, "cache_dir": None,
+    "optim": "adamw_torch", "model_max_length": 2048, "flash_attn": True, "output_dir": "out", "bf16": True,
+    "num_train_epochs": 3, "per_device_train_batch_size": 2, "learning_rate": 2e-5, "weight_decay": 0.0,
+    "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "tf32": True, "deepspeed": "zero2.json", "seed": 42,
+    "gradient_checkpointing": True, "use_liger_kernel": False, "neftune_noise_alpha": 5.0, "use_cpu": True,
+}  # fmt: skip
+CHAT = {"lora_r": 8}
+
+
+def test_a_fastchat_run():
+    given = {"lora_r": 64, "lora_alpha": 32, "lora_dropout": 0.1, "lora_target_modules": ["q_proj", "o_proj"],
+             "lora_weight_path": "", "lora_bias": "lora_only", "q_lora": True}  # fmt: skip
+    target = r"module:(?:.*\.)?(?:q_proj|o_proj)"
+    expected = LoraSpec(targets=(target,), rank=64, alpha=32, dropout=0.1, bias="lora_only")
+    assert LoraSpec.from_fastchat(RUN | given) == expected
+    peft = {"r": 64, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "o_proj"], "bias": "lora_only"}
+    assert LoraSpec.from_fastchat(given) == LoraSpec.from_peft(peft | {"task_type": "CAUSAL_LM"})
+
+
+@pytest.mark.parametrize(
+    "config", [{"lora_r": 8}, RUN | {"q_lora": False}, {"lora_alpha": 16}, {"lora_dropout": 0.05, "lora_r": None}]
+)
+def test_fastchats_defaults(config):
+    target = r"module:(?:.*\.)?(?:q_proj|v_proj)"
+    assert LoraSpec.from_fastchat(config) == LoraSpec(targets=(target,), rank=8, alpha=16, dropout=0.05)
+
+
+def test_no_dropout_of_fastchats_is_none_and_no_default():
+    assert LoraSpec.from_fastchat({"lora_dropout": 0}).dropout == 0
+
+
+FASTCHAT_REFUSED = {
+    "rank": ({"lora_r": "16"}, "from_fastchat: rank must be an integer of at least 1, found '16'"),
+    "saved": ({"lora_weight_path": "out"}, "lora_weight_path='out' can't be honoured: that adapter's own"),
+    "bias": ({"lora_bias": True}, "lora_bias=True can't be honoured: it must be one of 'none', 'all', 'lora_only'"),
+    "another bias": ({"lora_bias": "oft_only"}, "lora_bias='oft_only' can't be honoured"),
+    "no targets": ({"lora_target_modules": []}, "lora_target_modules=[] can't be honoured"),
+    "quantised": ({"q_lora": "yes"}, "q_lora must be true or false, found 'yes'"),
+    "unknown": ({"lora_module": ["q"]}, "knows no setting 'lora_module'"),
+    "slip": ({"lora_alhpa": 4}, "did you mean 'lora_alpha'?"),
+    "slip of qlora": ({"qlora": True}, "did you mean 'q_lora'?"),
+    "of peft": ({"use_dora": True}, "knows no setting 'use_dora'"),
+    "of trl": ({"use_peft": True}, "knows no setting 'use_peft'"),
+}
+
+
+@pytest.mark.parametrize("config, message", FASTCHAT_REFUSED.values(), ids=FASTCHAT_REFUSED)
+def test_what_fastchats_settings_cant_be(config, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        LoraSpec.from_fastchat(CHAT | config)
+    assert "LoraSpec.from_fastchat" in str(error.value)
+
+
+def test_a_run_of_fastchats_without_an_adapter_is_no_adapter_of_defaults():
+    for config in ({}, RUN, {"lora_weight_path": None}):
+        with pytest.raises(ValueError, match="from_fastchat: there is nothing of an adapter in it"):
+            LoraSpec.from_fastchat(config)
 
 
 def test_every_pattern_that_is_made_is_one_of_modules_or_a_regex():
