@@ -45,7 +45,9 @@ def optimizer(
     `optax.clip_by_global_norm`, may stand in an `optax.chain` outside.
 
     More arguments of ``update`` are handed on: `value`, `grad` and `value_fn` of `optax.lbfgs` and of line searches. A
-    tree among them is seen as the updates are, and a function is given whole trees.
+    tree among them is seen as the updates are, and a function is given whole trees. All of optax's transformations that
+    take parameters work so, but for those of gradients by example (`optax.contrib.dpsgd`), which have no tree's shapes:
+    they take the trainable half.
 
     On the trainable half a transformation works by itself. So do those whose functions take the state together with
     the parameters, as schedule-free ones, which are evaluated at their average::
@@ -118,19 +120,25 @@ def _of_trainable(extra: Any, whole: Any, names: frozenset[str]) -> Any:
       names: of the plain leaves that train too.
     """
     marks = labels(whole)
-    pick = lambda mark, x: x if mark == TRAINABLE else optax.MaskedNode()
     fill = lambda mark, x, own: x if mark == TRAINABLE else own
-    if callable(extra):
+    if not callable(extra):
+        return _masked(extra, whole, names)
 
-        @functools.wraps(extra)
-        def of_masked(masked: Any, *args: Any, **kwargs: Any) -> Any:
-            tree = jax.tree.map(fill, marks, masked, whole, is_leaf=is_hole)
-            return extra(without_named(tree, names), *args, **kwargs)
+    @functools.wraps(extra)
+    def of_masked(masked: Any, *args: Any, **kwargs: Any) -> Any:
+        tree = jax.tree.map(fill, marks, masked, whole, is_leaf=is_hole)
+        return _masked(extra(without_named(tree, names), *args, **kwargs), whole, names)
 
-        return of_masked
+    return of_masked
+
+
+def _masked(x: Any, whole: Any, names: frozenset[str]) -> Any:
+    """A tree of the parameters' structure as `optax.masked` has it; anything else as it is."""
+    pick = lambda mark, x: x if mark == TRAINABLE else optax.MaskedNode()
     structure = lambda x: jax.tree.structure(x, is_leaf=is_hole)
-    tree = as_named(extra, names) if structure(extra) == structure(without_named(whole, names)) else extra
-    return jax.tree.map(pick, marks, _without_frozen(tree, whole)) if structure(tree) == structure(whole) else extra
+    tree = as_named(x, names) if structure(x) == structure(without_named(whole, names)) else x
+    is_whole = structure(tree) == structure(whole)
+    return jax.tree.map(pick, labels(whole), _without_frozen(tree, whole)) if is_whole else x
 
 
 def _check_transformation(tx: Any, tree: Any) -> None:

@@ -113,7 +113,8 @@ def test_apply_takes_the_function_alone():
 learning = {"learning_rate": 0.05}
 ALL = {
     name: getattr(optax, name)(**learning)
-    for name in """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lion
+    for name in """adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad signum
+    optimistic_adam_v2 fromage lamb lars lion
     nadam nadamw novograd optimistic_gradient_descent radam rmsprop rprop sgd sign_sgd sm3 yogi""".split()
     if hasattr(optax, name)
 }
@@ -121,6 +122,8 @@ ALL |= {
     name: getattr(optax.contrib, name)(**settings)
     for name, settings in {
         "acprop": learning,
+        "adopt": learning,
+        "madgrad": learning,
         "ademamix": learning,
         "cocob": {},
         "dadapt_adamw": {},
@@ -133,6 +136,7 @@ ALL |= {
         "simplified_ademamix": learning,
         "momo": learning,
         "momo_adam": learning,
+        "sophia": learning,
     }.items()
     if hasattr(optax.contrib, name)
 }
@@ -148,13 +152,18 @@ ALL |= {
     "if_finite": optax.apply_if_finite(optax.adamw(0.05), 3),
     "multi_steps": optax.MultiSteps(optax.adamw(0.05), 2).gradient_transformation(),
     "noisy_sgd": optax.noisy_sgd(0.05, key=0),
+    "sam": optax.contrib.sam(optax.sgd(0.05), optax.chain(optax.contrib.normalize(), optax.sgd(0.01))),
+    "sam_opaque": optax.contrib.sam(
+        optax.sgd(0.05), optax.chain(optax.contrib.normalize(), optax.sgd(0.01)), opaque_mode=True
+    ),
+    "split": optax.contrib.split_real_and_imaginary(optax.adam(0.05)),
     "injected": optax.inject_hyperparams(optax.adamw)(**learning),
 }
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_transformation_of_optax_trains_the_tree_as_it_trains_the_half(name):
-    """With the arguments that it asks for: value, grad and value_fn of whole trees, or of halves."""
+    """With the arguments that it asks for: value, grad, value_fn, grad_fn, obj_fn of whole trees, or of halves."""
     half, frozen = jlora.partition(TREE["model"])
     of = lambda model, x=X: forward({"model": model, "prompt": TREE["prompt"]}, x)
     on_tree = lambda tree: jlora.apply(of)(tree)
@@ -165,6 +174,10 @@ def test_every_transformation_of_optax_trains_the_tree_as_it_trains_the_half(nam
         for _ in range(2):
             value, grads = gradient(params)
             given = {"value": value, "grad": grads, "value_fn": value_fn}
+            if name.startswith("sam"):
+                given = {"grad_fn": lambda params, _: gradient(params)[1]} if name == "sam_opaque" else {}
+            if name == "sophia":
+                given = {"obj_fn": value_fn}
             updates, state = tx.update(grads, state, params, **given)
             params = optax.apply_updates(params, updates)
         return params
@@ -177,3 +190,16 @@ def test_every_transformation_of_optax_trains_the_tree_as_it_trains_the_half(nam
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)
     assert jax.tree.all(jax.tree.map(same_bits, kept, frozen))
     assert error(trained, half) > 0
+
+
+def test_gradients_by_example_are_for_the_half():
+    half, frozen = jlora.partition(TREE["model"])
+    of = lambda half, x: jlora.apply(lambda m: forward({"model": m, "prompt": TREE["prompt"]}, x[None]))(
+        jlora.combine(half, frozen)
+    )
+    by_example = jax.vmap(jax.grad(of), (None, 0))(half, X)
+    tx = optax.contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.0, key=0)
+    updates, _ = tx.update(by_example, tx.init(half), half)
+    assert jax.tree.structure(optax.apply_updates(half, updates)) == jax.tree.structure(half)
+    with pytest.raises(ValueError, match="the gradients do not fit"):
+        jlora.optimizer(tx, half).update(by_example, jlora.optimizer(tx, half).init(half), half)
