@@ -192,13 +192,14 @@ def test_every_transformation_of_optax_trains_the_tree_as_it_trains_the_half(nam
     assert error(trained, half) > 0
 
 
+@pytest.mark.filterwarnings('ignore:"seed" is deprecated:DeprecationWarning')  # optax's own, of what it asks for
 def test_gradients_by_example_are_for_the_half():
     half, frozen = jlora.partition(TREE["model"])
     of = lambda half, x: jlora.apply(lambda m: forward({"model": m, "prompt": TREE["prompt"]}, x[None]))(
         jlora.combine(half, frozen)
     )
     by_example = jax.vmap(jax.grad(of), (None, 0))(half, X)
-    tx = optax.contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.0, key=0)
+    tx = optax.contrib.dpsgd(0.1, l2_norm_clip=1.0, noise_multiplier=0.0, seed=0)
     updates, _ = tx.update(by_example, tx.init(half), half)
     assert jax.tree.structure(optax.apply_updates(half, updates)) == jax.tree.structure(half)
     with pytest.raises(ValueError, match="the gradients do not fit"):
