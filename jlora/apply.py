@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -29,8 +30,9 @@ from jlora.nodes.checks import check_fit, check_value
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import is_node, is_unit
 from jlora.nodes.qarray import is_qarray
-from jlora.targets.named import Names, named
+from jlora.targets.named import Names, named, patterns_of
 from jlora.targets.paths import checked_key, flatten, in_order_of, refill
+from jlora.targets.patterns import matcher
 
 RULES = {**VIEWS, **CONTRACTIONS, **CONTROL}
 _COMPUTED = object()  # in the place of a result that is an array
@@ -230,13 +232,27 @@ def _frozen(arguments: tuple[Any, Any], paths: list[str], leaves: list[Any], tra
         is_tree = any(map(is_unit, leaves[here]))
         of_trees |= dict(zip(paths[here], leaves[here], strict=True)) if is_tree else {}
         frozen += [_stopped(leaf) for leaf in leaves[here]] if is_tree else leaves[here]
-    if isinstance(train, tuple) and not train:
+    around = _AROUND.get()
+    if not around and isinstance(train, tuple) and not train:
         return frozen
     inside = {_inside(path): leaf for path, leaf in of_trees.items()}
-    kinds = ({path: x for path, x in inside.items() if is_node(x) == kind} for kind in (False, True))
-    names = named(train, *kinds)
+    kinds = [{path: x for path, x in inside.items() if is_node(x) == kind} for kind in (False, True)]
+    names = named(train, *kinds) | {path for path in kinds[0] if any(matcher(pattern)(path) for pattern in around)}
     pairs = zip(paths, leaves, frozen, strict=True)
     return [leaf if path in of_trees and _inside(path) in names else stopped for path, leaf, stopped in pairs]
+
+
+@contextlib.contextmanager
+def training(train: Names) -> Iterator[None]:
+    """Within it the leaves that `train` names are not frozen by calls of `apply`, where they have them."""
+    before = _AROUND.set((*_AROUND.get(), *patterns_of(train)))
+    try:
+        yield
+    finally:
+        _AROUND.reset(before)
+
+
+_AROUND: contextvars.ContextVar[tuple[Any, ...]] = contextvars.ContextVar("jlora.train", default=())
 
 
 def _stopped(leaf: Any) -> Any:

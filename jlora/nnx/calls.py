@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 
 from jlora.apply import Settings, applied
+from jlora.interpret.factored import Factored
 from jlora.nnx.unchanged import unchanged
-from jlora.nnx.variables import as_node, is_variable, value_of
+from jlora.nnx.variables import MergedParam, as_node, is_variable, value_of
 from jlora.nodes.node import TrainableParam, is_node
+from jlora.nodes.qarray import dense
 
 _TAG = "jlora.nnx"
 _RESULT = 3  # beside the model, args and kwargs, where 0 is the model
@@ -52,10 +54,21 @@ def tree_of(adapted: Any) -> Any:
     return nnx.from_flat_state([(path, joined(path, value_of(x))) for path, x in params])
 
 
+def merged_param(adapted: Any, variable: Any) -> Any:
+    """A variable of the model as it is read outside of a call: that of an adapted kernel has its adapter."""
+    nodes = nodes_of(adapted)
+    paths = nnx.to_flat_state(nnx.variables(adapted.base_model, nnx.Param))
+    path = next((path for path, x in paths if x is variable and nodes.get(path) is not None), None)
+    if path is None:
+        return variable
+    value = as_node(nodes[path], dense(variable.get_value())).effective("/".join(map(str, path)), None)
+    return MergedParam(value.dense() if isinstance(value, Factored) else value, **variable.get_metadata())
+
+
 def run(adapted: Any, fn: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """``fn(model, *args, **kwargs)`` with the adapters: what it changes in the model or in its arguments is changed."""
     nodes = nodes_of(adapted)
-    rng = adapted.lora_rngs.lora() if adapted.lora_rngs is not None and not adapted.deterministic else None
+    rng = adapted.lora_rngs.lora() if adapted.lora_rngs is not None and not adapted.lora_deterministic else None
     settings = Settings(rng=rng, **dict(adapted.lora_settings))
     after: list[Any] = []
 

@@ -9,9 +9,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jlora.nnx.calls import run
+from jlora.nnx.calls import merged_param, run
 
-OWN = ("base_model", "lora_params", "lora_rngs", "lora_types", "lora_fallback", "lora_settings", "deterministic")
+OWN = ("base_model", "lora_params", "lora_rngs", "lora_types", "lora_fallback", "lora_settings", "lora_deterministic")
+OF_PARTS = ("lora_whole", "lora_steps")
+ON_THE_HOST = (
+    "jlora.nnx: a call of an adapted model is traced, as under jax.jit. A method that needs values on the host, such "
+    "as a loop of decoding that asks for int(token), runs unbound, Model.generate(model, ...), or on "
+    "jlora.nnx.merge(model)."
+)
 
 
 class _Seen(nnx.Module):
@@ -30,19 +36,25 @@ class _Seen(nnx.Module):
     def _run(self, fn: Callable[..., Any], args: Any = (), kwargs: Any = None) -> Any:
         steps, whole = self._steps(), self._whole()
         on_part = lambda model, *args, **kwargs: fn(_part_of(model, steps), *args, **kwargs)
-        return _with_parts(whole, run(whole, on_part, args, kwargs or {}))
+        try:
+            return _with_parts(whole, run(whole, on_part, args, kwargs or {}))
+        except jax.errors.JAXTypeError as error:
+            error.add_note(ON_THE_HOST)
+            raise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(lambda part, *args, **kwargs: part(*args, **kwargs), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("_pytree__", "__")) or name in OWN:
+        if name.startswith(("_pytree__", "__")) or name in (*OWN, *OF_PARTS):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         plain = self._plain()
         found = inspect.getattr_static(type(plain), name, None)
         if isinstance(found, property):
             return self._run(lambda part: getattr(part, name))
         value = getattr(plain, name)
+        if isinstance(value, nnx.Variable):
+            return merged_param(self._whole(), value)
         if not inspect.ismethod(value) or value.__self__ is not plain:
             return _with_parts(self._whole(), value)
 
@@ -52,22 +64,46 @@ class _Seen(nnx.Module):
         method.__name__, method.__doc__ = name, value.__doc__
         return method
 
+    def __getitem__(self, key: Any) -> Any:
+        return self._run(lambda part: part[key]) if _is_custom(self._plain()) else self._seen(self._plain()[key])
+
+    def __len__(self) -> int:
+        return len(self._plain())
+
+    def __bool__(self) -> bool:
+        return bool(self._plain())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self._seen(x) for x in self._plain()])
+
+    def _seen(self, value: Any) -> Any:
+        return (
+            merged_param(self._whole(), value) if isinstance(value, nnx.Variable) else _with_parts(self._whole(), value)
+        )
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self._plain())})
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._plain(), name)
 
 
 class Adapted(_Seen):
     """An NNX model with adapters, as `jlora.nnx.wrap` returns it.
 
     It is called as the model was, and so are its other methods; submodules are seen through the adapters too
-    (`model.encoder(x)`), and attributes that are set are those of the model. Batch statistics, caches and dropout
-    streams change in a call as they do in one of the model.
+    (`model.encoder(x)`), and attributes that are set are those of the model. A kernel that is read outside of a call
+    has its adapter in it. Batch statistics, caches and dropout streams change in a call as they do in one of the model.
+
+    A call is traced, as by `jax.jit`. A method that needs values on the host, such as a loop of decoding that asks for
+    ``int(token)``, runs unbound, ``Model.generate(model, ...)``, or on the merged model.
 
     Attributes:
       base_model: the model; a leaf that is trained in full is an `nnx.LoRAParam` in it.
       lora_params: the adapters by path: `nnx.LoRAParam`s, and `FrozenParam`s of methods that hold a part of themselves.
       lora_rngs: the stream of the adapters' dropout; None without.
-      deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it.
+      deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it; the model's own, if
+        it has one, is set with it.
     """
 
     def __init__(self, model: Any, params: Any, *, rngs: Any, types: Any, fallback: str, settings: Mapping[str, Any]):
@@ -77,7 +113,11 @@ class Adapted(_Seen):
         self.lora_types = nnx.static(tuple(types))
         self.lora_fallback = nnx.static(fallback)
         self.lora_settings = nnx.static(tuple(settings.items()))
-        self.deterministic = False
+        self.lora_deterministic = False
+
+    @property
+    def deterministic(self) -> Any:
+        return getattr(self.base_model, "deterministic", self.lora_deterministic)
 
     def _whole(self) -> Adapted:
         return self
@@ -88,22 +128,26 @@ class Adapted(_Seen):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OWN or name.startswith("_pytree__"):
             super().__setattr__(name, value)
+        elif name == "deterministic":
+            self.lora_deterministic = bool(value)
+            if hasattr(self.base_model, name):
+                setattr(self.base_model, name, value)
         else:
             setattr(self.base_model, name, value)
 
     def train(self, **attributes: Any) -> None:
         """Switches the model to training, and the adapters' dropout on."""
         self.base_model.train(**attributes)
-        self.deterministic = False
+        self.lora_deterministic = False
 
     def eval(self, **attributes: Any) -> None:
         """Switches the model to evaluation, and the adapters' dropout off."""
         self.base_model.eval(**attributes)
-        self.deterministic = True
+        self.lora_deterministic = True
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Switches the adapters' dropout in an `nnx.view`."""
-        self.deterministic = self.deterministic if deterministic is None else deterministic
+        self.lora_deterministic = self.lora_deterministic if deterministic is None else deterministic
 
 
 class Part(_Seen):
@@ -125,19 +169,19 @@ class Part(_Seen):
         return self.lora_steps
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("lora_whole", "lora_steps") or name.startswith("_pytree__"):
+        if name in OF_PARTS or name.startswith("_pytree__"):
             super().__setattr__(name, value)
         else:
             setattr(self._plain(), name, value)
 
-    def __getitem__(self, key: Any) -> Any:
-        return _with_parts(self._whole(), self._plain()[key])
+    def __repr__(self) -> str:
+        of = type(self.lora_whole.base_model).__name__
+        return f"{'.'.join(map(str, self.lora_steps))} of an adapted {of}: {self._plain()!r}"
 
-    def __len__(self) -> int:
-        return len(self._plain())
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter([_with_parts(self._whole(), x) for x in self._plain()])
+def _is_custom(x: Any) -> bool:
+    """Whether a module computes its items, where lists, dicts and sequences hold them."""
+    return not isinstance(x, (nnx.List, nnx.Dict, nnx.Sequential, nnx.Variable, list, tuple, dict))
 
 
 def _part_of(model: Any, steps: tuple[Any, ...]) -> Any:

@@ -21,6 +21,16 @@ class FrozenParam(nnx.Variable):
     """What an adapter has that does not train: no `nnx.Param`, so no optimizer of parameters takes it."""
 
 
+class MergedParam(nnx.Param):
+    """An adapted kernel as it is read outside of a call: computed, with its adapter, so it can't be assigned to."""
+
+    def set_value(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "jlora.nnx: an adapted kernel that is read from the model is computed, W + s A B; assign to the variables "
+            "of model.base_model and model.lora_params, or give jlora.nnx.update(model, tree)"
+        )
+
+
 def as_variables(node: AdaptedParam, beside: nnx.Variable) -> AdaptedParam:
     """The node without its base, its arrays in variables whose axes are named as those of the base's variable are."""
     given: Any = node

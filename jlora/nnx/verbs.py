@@ -65,7 +65,11 @@ def wrap(
     _check_model(model)
     apply(_check_model, fallback=fallback, strategy=strategy)  # checks them
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    wrapped = wrap_tree(nnx.as_pure(params), spec, key=key, sites=sites)
+    try:
+        wrapped = wrap_tree(nnx.as_pure(params), spec, key=key, sites=sites)
+    except ValueError as error:
+        error.add_note("of an NNX model: jlora.nnx.wrap(model, spec, sites=jlora.nnx.sites(model, *args))")
+        raise
     rngs = nnx.Rngs(lora=spec.seed) if spec.dropout else None
     settings = {"native_dots": native_dots, "merged": strategy == "merged"}
     return _adapted(graphdef, params, rest, wrapped, {"rngs": rngs, "fallback": fallback, "settings": settings})
@@ -109,8 +113,11 @@ def update(model: Adapted, tree: Any) -> None:
       tree: a wrapped tree of the same parameters.
 
     Raises:
+      TypeError: if nothing in the tree is wrapped.
       ValueError: if the tree's paths or shapes are not those of the model's parameters.
     """
+    if not trees.has_nodes(tree):
+        raise TypeError("nnx.update takes a wrapped tree, as jlora.nnx.tree(model) is; of this one no leaf is wrapped")
     now, new = _flat(tree_of(_checked("update", model))), _flat(tree)
     _check_alike(now, new)
     graphdef, params, rest = nnx.split(model.base_model, nnx.Param, ...)

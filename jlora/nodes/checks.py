@@ -17,6 +17,11 @@ from jlora.nodes.qarray import is_hole, is_whole
 def check_whole(where: str, path: str, node: AdaptedParam) -> None:
     """Refuses a node that lacks some of its arrays."""
     if any(is_hole(x) for f in leaf_fields(node) for x in jax.tree.leaves(getattr(node, f.name), is_leaf=is_whole)):
+        if path.startswith("lora_params/"):
+            raise ValueError(
+                f"{where} takes a tree, and this is an adapted NNX model: jlora.nnx.tree(model) is its tree, and "
+                "jlora.nnx.merge(model) and unwrap(model) give plain models"
+            )
         raise ValueError(
             f"{where}: {path} lacks some of its arrays, as in one half of jlora.partition; jlora.combine the two first"
         )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 
+from jlora.apply import training
 from jlora.optim.fit import Unchanged, check_gradients, check_state, is_hole, same_shapes, shapes_of
 from jlora.targets.named import Names
 from jlora.tree import (
@@ -200,7 +201,7 @@ def value_and_grad(
 
         def loss(params, tokens):
             forward = lambda params, tokens: ...  # puts params["prompt"] before the tokens' embeddings
-            return jlora.apply(forward, train="prompt")(params, tokens)
+            return jlora.apply(forward)(params, tokens)  # within jlora.grad the prompt is not frozen
 
         grads = jlora.grad(loss, train="prompt")(params, tokens)
         tx = jlora.optimizer(optax.adamw(1e-3), params, train="prompt")
@@ -245,7 +246,8 @@ def value_and_grad(
         def of(*given: Any) -> Any:
             now = dict(zip(places, given, strict=True))
             whole = lambda i, x: combine(now[i], halves[i][1]) if i in halves else now.get(i, x)
-            return loss(*(whole(i, x) for i, x in enumerate(args)), **kwargs)
+            with training(train):
+                return loss(*(whole(i, x) for i, x in enumerate(args)), **kwargs)
 
         given = [halves[i][0] if i in halves else args[i] for i in places]
         value, grads = jax.value_and_grad(of, argnums=tuple(range(len(places))), has_aux=has_aux)(*given)

@@ -24,9 +24,8 @@ def named(train: Names, leaves: Mapping[str, Any], adapted: Iterable[str]) -> se
     Raises:
       ValueError: if a pattern names no leaf, or one that is adapted, or one that is not floating.
     """
-    patterns = [train] if isinstance(train, (str, re.Pattern)) else list(train)
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in patterns_of(train):
         hits = set(filter(matcher(pattern), leaves))
         if taken := sorted(filter(matcher(pattern), adapted)):
             raise ValueError(f"train={pattern!r} names {taken[0]}, of which jlora.wrap has said what trains")
@@ -39,3 +38,8 @@ def named(train: Names, leaves: Mapping[str, Any], adapted: Iterable[str]) -> se
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             raise ValueError(f"train: {path} can't train, since it is {dtype or leaves[path]!r}, not floating")
     return found
+
+
+def patterns_of(train: Names) -> list[Pattern]:
+    """One pattern, or several, as several."""
+    return [train] if isinstance(train, (str, re.Pattern)) else list(train)

@@ -542,3 +542,77 @@ def test_errors_say_the_way_out():
             verb(model())
     with pytest.raises(TypeError, match=r"jlora\.nnx\.wrap"):
         jlora.wrap(model(), SPEC)(X)
+
+
+def test_a_kernel_that_is_read_has_its_adapter():
+    """As where a tied head is outside of the module; gradients go to the factors."""
+    adapted = trained(jlora.nnx.wrap(model(), SPEC))
+    merged = jlora.nnx.merge(adapted)
+    head = lambda model: X @ model.embed.embedding[...].T
+    assert error(head(adapted), head(merged)) <= 1e-5
+    kernel = lambda model: model.blocks[0].attention.query.kernel
+    assert error(kernel(adapted)[...], kernel(merged)[...]) <= 1e-6 and isinstance(kernel(adapted), nnx.Param)
+    grads = nnx.grad(lambda model: (head(model) ** 2).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(adapted)
+    assert all(g.any() for g in jax.tree.leaves(grads["lora_params"]["embed"]))
+    with pytest.raises(TypeError, match="an adapted kernel that is read from the model is computed"):
+        adapted.embed.embedding[...] = jnp.zeros((11, WIDTH))
+    assert adapted.head.kernel is adapted.base_model.head.kernel  # that of a frozen layer is the variable itself
+
+
+class Speaks(nnx.Module):
+    """Decides on the host, and by a switch of its own."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.deterministic = False
+
+    def __call__(self, x):
+        x = self.layer(x)
+        return x if self.deterministic else self.dropout(x)
+
+    def until(self, x):
+        steps = 0
+        while steps < 5 and float(x.sum()) <= 0:
+            x, steps = self(x), steps + 1
+        return steps
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, key):
+        return self.layer(X)[key]
+
+
+def test_switches_of_the_models_own():
+    adapted = trained(jlora.nnx.wrap(Speaks(nnx.Rngs(0)), jlora.LoraSpec(rank=2)))
+    assert adapted.deterministic is False
+    adapted.deterministic = True
+    assert adapted.base_model.deterministic and error(adapted(X), adapted(X)) == 0
+    assert adapted.dropout.deterministic is False  # a part's is its own
+    assert len(adapted) == 7 and error(adapted[0], jlora.nnx.merge(adapted)[0]) <= 1e-5
+    assert repr(adapted.layer).startswith("layer of an adapted Speaks: Linear(")
+    del adapted.deterministic
+    assert not hasattr(adapted.base_model, "deterministic")
+
+
+def test_values_on_the_host():
+    """A call is traced; an unbound method is not, and sees the adapters all the same."""
+    adapted = trained(jlora.nnx.wrap(Speaks(nnx.Rngs(0)), jlora.LoraSpec(rank=2)))
+    adapted.deterministic = True
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        adapted.until(X)
+    assert "Model.generate(model, ...)" in "".join(caught.value.__notes__)
+    assert Speaks.until(adapted, X) == jlora.nnx.merge(adapted).until(X)
+
+
+def test_functions_of_trees_name_those_of_models():
+    adapted = jlora.nnx.wrap(model(), SPEC)
+    for call in (jlora.merge, jlora.unwrap, jlora.summary, lambda tree: jlora.apply(lambda p: p)(tree)):
+        with pytest.raises(ValueError, match=r"this is an adapted NNX model: jlora\.nnx\.tree\(model\)"):
+            call(adapted)
+    with pytest.raises(TypeError, match=r"nnx.update takes a wrapped tree"):
+        jlora.nnx.update(adapted, jlora.unwrap(jlora.nnx.tree(adapted)))
+    with pytest.raises(ValueError, match="ambiguous") as caught:
+        jlora.nnx.wrap(Stack(nnx.Rngs(0)), jlora.LoraSpec(rank=2))
+    assert "jlora.nnx.sites(model, *args)" in "".join(caught.value.__notes__)
