@@ -103,3 +103,24 @@ def test_vllm(written, monkeypatch):
         assert list(told.token_ids) == tokens
         theirs = [step[token].logprob for step, token in zip(told.logprobs, tokens, strict=True)]
         np.testing.assert_allclose(theirs, scores, atol=1e-2)
+
+
+def test_llama_cpp(written, tmp_path):
+    """By ``xllamacpp``: the base in float32 and the adapter, in files as llama.cpp's own converters write them."""
+    xllamacpp, _ = pytest.importorskip("xllamacpp"), pytest.importorskip("gguf")
+    from jlora.examples.fetch import SMOLLM2, fetch
+    from jlora.examples.smollm2 import FILE
+    from tests.examples import llama_cpp
+
+    _, adapter, found = written
+    llama_cpp.write_base(fetch(SMOLLM2) / FILE, tmp_path / "base.gguf")
+    llama_cpp.write_adapter(adapter, tmp_path / "adapter.gguf", heads=(9, 3))
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_predict = str(tmp_path / "base.gguf"), 128, NEW
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(tmp_path / "adapter.gguf"), 1.0)]
+    server = xllamacpp.Server(params)
+    for prompt, (tokens, scores) in found.items():
+        asked = {"prompt": prompt, "temperature": 0, "n_predict": NEW, "n_probs": 1, "ignore_eos": True}
+        told = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+        assert [step["id"] for step in told] == tokens
+        np.testing.assert_allclose([step["logprob"] for step in told], scores, atol=1e-2)
