@@ -53,10 +53,8 @@ class _Seen(nnx.Module):
         if isinstance(found, property):
             return self._run(lambda part: getattr(part, name))
         value = getattr(plain, name)
-        if isinstance(value, nnx.Variable):
-            return merged_param(self._whole(), value)
         if not inspect.ismethod(value) or value.__self__ is not plain:
-            return _with_parts(self._whole(), value)
+            return self._seen(value)
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return self._run(lambda part, *args, **kwargs: getattr(part, name)(*args, **kwargs), args, kwargs)

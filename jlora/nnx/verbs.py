@@ -70,9 +70,9 @@ def wrap(
     except ValueError as error:
         error.add_note("of an NNX model: jlora.nnx.wrap(model, spec, sites=jlora.nnx.sites(model, *args))")
         raise
-    rngs = nnx.Rngs(lora=spec.seed) if spec.dropout else None
     settings = {"native_dots": native_dots, "merged": strategy == "merged"}
-    return _adapted(graphdef, params, rest, wrapped, {"rngs": rngs, "fallback": fallback, "settings": settings})
+    given = {"rngs": _stream(wrapped, spec.seed), "fallback": fallback, "settings": settings}
+    return _adapted(graphdef, params, rest, wrapped, given)
 
 
 def merge(model: Adapted, *, dtype: Any = None, everything: bool = False, donate: bool = False) -> Any:
@@ -124,6 +124,7 @@ def update(model: Adapted, tree: Any) -> None:
     if any(_kind(now[path]) != _kind(new[path]) for path in now):
         plain = _with_values(params, {path: _base(x) for path, x in new.items()}, dict(model.lora_types))
         settings = {"fallback": model.lora_fallback, "settings": dict(model.lora_settings)}
+        model.lora_rngs = nnx.data(model.lora_rngs or _stream(tree, 0))
         made = _adapted(graphdef, plain, rest, tree, {"rngs": model.lora_rngs, **settings})
         model.base_model, model.lora_params, model.lora_types = made.base_model, made.lora_params, made.lora_types
         return
@@ -158,6 +159,12 @@ def _adapted(graphdef: Any, params: Any, rest: Any, wrapped: Any, settings: Mapp
     trained = _with_values(params, {path: nodes[path].base for path in full}, dict.fromkeys(full, nnx.LoRAParam))
     types = [(path, type(variables[path])) for path in full]
     return Adapted(nnx.merge(graphdef, trained, nnx.as_pure(rest)), nested(adapters), types=types, **settings)
+
+
+def _stream(wrapped: Any, seed: int) -> nnx.Rngs | None:
+    """That of the adapters' dropout, if any kernel has some."""
+    has_dropout = any(getattr(node, "dropout", 0) for node in jax.tree.leaves(wrapped, is_leaf=is_node))
+    return nnx.Rngs(lora=seed) if has_dropout else None
 
 
 def _plain(model: Adapted, params: Any) -> Any:

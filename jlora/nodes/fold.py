@@ -92,15 +92,14 @@ def folded(path: str, node: Any, dtype: Any, donate: bool) -> Any:
 
 def loss_of(node: Any, dtype: Any) -> tuple[Any, Loss]:
     """The type of a node's merged kernel, and what it does not hold: measured for types of 32 bits too."""
-    merged, loss = jax.jit(lambda base, rest: _fold(base, rest, dtype, is_measured=True))(
-        node.base, dataclasses.replace(node, base=None)
-    )
+    measured = _program(False, dtype, _place(node.base), is_measured=True)
+    merged, loss = measured(node.base, dataclasses.replace(node, base=None))
     return merged.dtype, Loss(*map(float, loss or (0, 0, 0, 0)))
 
 
 @functools.lru_cache(maxsize=256)
-def _program(donate: bool, dtype: Any, place: Any) -> Callable[..., Any]:
-    fold = lambda base, rest: _fold(base, rest, dtype)
+def _program(donate: bool, dtype: Any, place: Any, is_measured: bool = False) -> Callable[..., Any]:
+    fold = lambda base, rest: _fold(base, rest, dtype, is_measured)
     return jax.jit(fold, donate_argnums=(0,) if donate else (), out_shardings=None if place is None else (place, None))
 
 

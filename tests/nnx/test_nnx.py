@@ -616,3 +616,13 @@ def test_functions_of_trees_name_those_of_models():
     with pytest.raises(ValueError, match="ambiguous") as caught:
         jlora.nnx.wrap(Stack(nnx.Rngs(0)), jlora.LoraSpec(rank=2))
     assert "jlora.nnx.sites(model, *args)" in "".join(caught.value.__notes__)
+
+
+def test_dropout_of_one_kernel_and_of_a_tree_that_comes_later():
+    spec = jlora.LoraSpec(rank=2, overrides={"first": {"dropout": 0.5}})
+    adapted = trained(jlora.nnx.wrap(Tied(nnx.Rngs(0)), spec))
+    assert error(adapted(X), adapted(X)) > 1e-3
+    later = trained(jlora.nnx.wrap(Tied(nnx.Rngs(0)), jlora.LoraSpec(rank=2)))
+    assert error(later(X), later(X)) == 0
+    jlora.nnx.update(later, jlora.nnx.tree(adapted))
+    assert error(later(X), later(X)) > 1e-3
