@@ -7,7 +7,7 @@ factored cost, `optimizer` trains the adapters and holds the base, `merge` gives
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jlora import checkpoint, init, optim, peft, quant, sharding, variants
+from jlora import adapters, checkpoint, init, optim, peft, quant, sharding, variants
 from jlora.apply import DenseFallbackError, DenseFallbackWarning, apply
 from jlora.convert import fold_and_restart, to_plain_lora
 from jlora.nodes.axes import Axes
@@ -43,6 +43,7 @@ __all__ = [
     "LoraSpec",
     "MergePrecisionWarning",
     "TrainableParam",
+    "adapters",
     "apply",
     "checkpoint",
     "combine",

@@ -24,6 +24,7 @@ from jlora.interpret.control import CONTROL
 from jlora.interpret.factored import Factored, plain
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.quantised import Quantised, shape_of
+from jlora.interpret.ragged import BY_ROWS
 from jlora.interpret.traced import traced
 from jlora.interpret.views import VIEWS
 from jlora.nodes.checks import check_fit, check_value
@@ -117,9 +118,13 @@ def apply(
     return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
 
 
-def applied(fn: Callable[..., Any], fallback: str, settings: Settings) -> Callable[..., Any]:
-    """As `apply`, of settings that are known to be right."""
-    return functools.partial(run_on_wrapped, fn, _interpreter(fallback), settings)
+def applied(fn: Callable[..., Any], fallback: str, settings: Settings, *, by_rows: bool = False) -> Callable[..., Any]:
+    """As `apply`, of settings that are known to be right.
+
+    Args:
+      by_rows: whether it runs inside a `jax.vmap` over rows.
+    """
+    return functools.partial(run_on_wrapped, fn, _interpreter(fallback, by_rows), settings)
 
 
 class Settings(NamedTuple):
@@ -148,6 +153,7 @@ def run_on_wrapped(
         _INNER.add(settings)
         return fn(*args, **kwargs)
     for i in places:
+        leaves[i] = leaves[i].resolved() if is_node(leaves[i]) else leaves[i]
         _check(_inside(paths[i]), leaves[i])
     if settings.tells_dropout and settings.rng is None and any(getattr(leaf, "dropout", 0) for leaf in leaves):
         _tell_dropout_is_off()
@@ -277,12 +283,17 @@ def _inside(path: str) -> str:
 def _key(rng: jax.Array | None, path: str, node: Any) -> Any:
     if rng is None or not getattr(node, "dropout", 0):
         return None
+    if node.dropout < 0:
+        raise ValueError(
+            f"apply: {_inside(path)} holds adapters of different dropout, which one program can't have; stack adapters "
+            "of one rate, or call apply without rng, which has dropout off"
+        )
     return jax.random.fold_in(rng, zlib.crc32(_inside(path).encode()))
 
 
 @functools.cache
-def _interpreter(fallback: str) -> Interpreter:
-    return Interpreter(RULES, functools.partial(_densify, fallback))
+def _interpreter(fallback: str, by_rows: bool) -> Interpreter:
+    return Interpreter(RULES, functools.partial(_densify, fallback), always=BY_ROWS if by_rows else {})
 
 
 def _densify(fallback: str, interpreter: Interpreter, weight: Factored, eqn: Any, reason: str) -> Any:

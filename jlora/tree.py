@@ -93,6 +93,7 @@ def _merged(leaf: Any, path: str, dtype: Any, donate: bool) -> Any:
     if not is_node(leaf) and (dtype is None or not qarray.is_qarray(leaf)):
         return leaf
     if is_node(leaf):
+        leaf = leaf.resolved()
         check_fit("merge", path, leaf)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
         merged = jax.eval_shape(lambda node: _merged(node, path, dtype, False), leaf)

@@ -11,7 +11,7 @@ combine explain fold_and_restart grad labels merge merge_error optimizer partiti
 value_and_grad wrap
 """.split()
 PEFT_NAMES = "NAMES Layout from_safetensors load low_rank push resize_tables save to_safetensors".split()
-NAMESPACES = ["checkpoint", "init", "nnx", "optim", "peft", "quant", "sharding", "variants"]
+NAMESPACES = ["adapters", "checkpoint", "init", "nnx", "optim", "peft", "quant", "sharding", "variants"]
 
 
 def test_public_names():

@@ -25,6 +25,7 @@ from jlora.interpret.lowrank import Contraction, LowRank, dropped, sums_of, tapp
 from jlora.interpret.merged import Product, merged_product
 from jlora.interpret.products import cast, computing, is_meshed, placed_as, scaled
 from jlora.interpret.quantised import array_of, bound
+from jlora.interpret.ragged import by_rows
 
 
 def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
@@ -47,8 +48,15 @@ def dot_general(interpreter: Interpreter, eqn: Any, lhs: Any, rhs: Any) -> Any:
     aside = interpreter.frame.copy(eqn.invars[is_left], x) if dot.path and x is given else x
     y = bound(eqn, [weight.base, x] if is_left else [x, weight.base])
     h, group = middle_of(interpreter, eqn, is_left, aside, dot) if dot.path else (None, ())
-    interpreter.factored(weight, eqn, "dot", group)
+    interpreter.factored(weight, eqn, "dot", group, _how(weight, dot.path))
     return dot.ends.after(_added(y, dot.path.result(h, y.dtype)) if dot.path else y)
+
+
+def _how(weight: Factored, path: LowRank | None) -> str:
+    """The strategy by which a product is computed."""
+    if not weight.rows:
+        return "factored"
+    return "masks" if path and path.weight.weights is not None else "gathered"
 
 
 def _merged(eqn: Any, weight: Factored, is_left: bool, x: Any, path: LowRank) -> Any:
@@ -78,7 +86,8 @@ def gather(interpreter: Interpreter, eqn: Any, weight: Any, indices: Any) -> Any
     inside = lookup.is_inside(indices)[..., None] if lookup.may_fill else None
     if not _gives_rows(weight, lookup):
         return picked if inside is None else _unfilled(picked, weight, lookup, inside, indices)
-    interpreter.factored(weight, eqn, "embedding")
+    interpreter.factored(weight, eqn, "embedding", strategy="gathered" if weight.rows else "factored")
+    picked = picked.chosen()
     rows, gain = array_of(rows), picked.gain
     if pair := picked.pair:
         dtype = computing(rows.dtype)
@@ -142,7 +151,7 @@ def conv(interpreter: Interpreter, eqn: Any, x: Any, weight: Any) -> Any:
         return DECLINED
     x = ends.before(x, computing(x.dtype, weight.base.dtype))
     y = bound(eqn, [x, weight.base])
-    interpreter.factored(weight, eqn, "conv")
+    interpreter.factored(weight, eqn, "conv", strategy="gathered" if weight.rows else "factored")
     if weight.pair:
         y = y + _conv_low_rank(eqn, x, weight, features, places[features], y.dtype)
     return ends.after(y)
@@ -169,8 +178,8 @@ def _conv_low_rank(eqn: Any, x: Any, weight: Factored, features: int, axis: int,
     return bilinear(form, h, b)
 
 
-def _bind(eqn: Any, values: Sequence[Any], *, precision: Any, preferred: Any) -> Any:
-    return compat.bind(eqn, values, precision=precision, preferred_element_type=preferred)
+def _bind(eqn: Any, values: Sequence[Any], *, precision: Any, preferred: Any, by: Any = compat.bind) -> Any:
+    return by(eqn, values, precision=precision, preferred_element_type=preferred)
 
 
 def _rank_at(factor: Any, axis: int) -> Any:
@@ -192,23 +201,24 @@ def ragged_dot(interpreter: Interpreter, eqn: Any, x: Any, weight: Any, group_si
     if not is_plain or not fits or (weight.gain is not None and len(own[-1]) > 1):
         return DECLINED
     dtype = computing(x.dtype, weight.base.dtype)
-    by_group = lambda rows, factor, axis: _ragged(eqn, cast(rows, dtype), factor, axis, groups[0], group_sizes)
+    bind = by_rows if weight.rows else compat.bind
+    by_group = lambda rows, factor, axis: _ragged(eqn, cast(rows, dtype), factor, axis, groups[0], group_sizes, bind)
     if weight.gain is not None and own[-1] == {*over}:
         x = _scaled_rows(cast(x, dtype), weight, groups[0], group_sizes)
-    y = bound(eqn, [x, weight.base, group_sizes])
-    interpreter.factored(weight, eqn, "ragged_dot")
+    y = (by_rows if weight.rows else bound)(eqn, [x, weight.base, group_sizes])
+    interpreter.factored(weight, eqn, "ragged_dot", strategy="gathered" if weight.rows else "factored")
     if pair := weight.pair:
         h = tapped(by_group(dropped(cast(x, dtype), weight), pair[0], out), weight)
         y = y + cast(by_group(scaled(h, weight.scale), pair[1], over[0]), y.dtype)
     return y if weight.gain is None or own[-1] == {*over} else _scaled_rows(y, weight, groups[0], group_sizes)
 
 
-def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes: Any) -> Any:
+def _ragged(eqn: Any, rows: Any, factor: Any, axis: int, group: int, group_sizes: Any, bind: Any) -> Any:
     """A product of rows with a factor whose rank takes the place of `axis`; all groups may share it."""
     factor = cast(_rank_at(factor, axis), rows.dtype)
     settings = {"precision": precision_of(eqn, rows.dtype), "preferred": preferred_of(eqn)}
     if factor.shape[group] == group_sizes.shape[0]:
-        return _bind(eqn, [rows, factor, group_sizes], **settings)
+        return _bind(eqn, [rows, factor, group_sizes], by=bind, **settings)
     order = [group, *eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][1]]
     matrix = lax.transpose(factor, [*order, *({0, 1, 2} - {*order})])[0]
     made = lax.dot(rows, matrix, precision=settings["precision"], preferred_element_type=settings["preferred"])

@@ -18,6 +18,7 @@ from jax import lax
 from jlora.interpret import compat
 from jlora.interpret.factored import Factored, Tracked
 from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.laid import Laid, laid_out, sliceable, step
 from jlora.interpret.places import entries, names, of_factor
 from jlora.interpret.quantised import constrained, settled, sliced, specs_of
 
@@ -139,16 +140,22 @@ class _Stacked:
 
     def __init__(self, weight: Tracked, length: int) -> None:
         base, self.base_of = sliced(weight.base, length)
-        is_sliced = [length == 1 or 0 in weight.owned(factor) for factor in weight.factors]
-        pairs = list(zip(weight.factors, is_sliced, strict=True))
-        self.fixed = [None if sliced else factor[0] for factor, sliced in pairs]
+        factors = tuple(map(sliceable, weight.factors))
+        has_first = lambda factor: not isinstance(factor, Laid) or factor.order[0] is not None
+        is_sliced = [has_first(factor) and (length == 1 or 0 in weight.owned(factor)) for factor in factors]
+        pairs = list(zip(factors, is_sliced, strict=True))
+        at_each = lambda factor: (
+            step(factor) if isinstance(factor, Laid) and not has_first(factor) else laid_out(factor)[0]
+        )
+        self.fixed = [None if sliced else at_each(factor) for factor, sliced in pairs]
         moving = weight.replace(base=base, factors=tuple(factor if sliced else None for factor, sliced in pairs))
         self.slices = _with_key(moving, _split(weight, length))
 
     def whole(self, part: Tracked) -> Tracked:
         pairs = zip(part.factors, self.fixed, strict=True)
         return part.replace(
-            base=self.base_of(part.base), factors=tuple(moving if fixed is None else fixed for moving, fixed in pairs)
+            base=self.base_of(part.base),
+            factors=tuple(step(moving) if fixed is None else fixed for moving, fixed in pairs),
         )
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora.interpret.choice import gathered, takes_masks
 from jlora.interpret.laid import laid_out
 from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, uncut, wide
 from jlora.interpret.quantised import array_of
@@ -46,6 +47,10 @@ class Tracked:
         """The same without what was merged ahead."""
         return self
 
+    def alone(self) -> Self:
+        """The same with one pair of factors, and nothing that was merged ahead."""
+        return self
+
     def owned(self, factor: Any) -> tuple[int, ...]:
         """The axes on which a factor is whole; an axis of size 1 is nobody's."""
         return tuple(i for i, n in enumerate(self.base.shape) if n != 1 and factor.shape[i] == n)
@@ -65,6 +70,8 @@ class Factored(Tracked):
       within its block. R is the product of all of them.
     * ``"mark"``: owns the axis that is turned.
     * ``"merged"``: ``base + scale * sum_r a * b``, of shape (axes..., 1), for products that take it as it is.
+    * ``"weights"``: of several adapters that a and b have side by side, of shape (1..., adapters): one of them is not
+      zero, or none.
 
     Args:
       base: the weight, of shape (axes...).
@@ -76,6 +83,7 @@ class Factored(Tracked):
       strides: for each turn, the distance between the elements of one block.
       tap: a function that the product with a passes through on its way to b, or None.
       keeps_result: as in `gained`.
+      rows: of a batch, each with an adapter of its own, inside a `jax.vmap` over them; 0: there is none.
       varies: for each factor, the mesh axes along which it differs inside `jax.shard_map`; None: not known, but where
         JAX keeps account of it.
     """
@@ -88,6 +96,7 @@ class Factored(Tracked):
     strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
     keeps_result: bool = dataclasses.field(default=False, metadata={"static": True})
+    rows: int = dataclasses.field(default=0, metadata={"static": True})
     varies: tuple[frozenset[str], ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
@@ -115,19 +124,30 @@ class Factored(Tracked):
     @property
     def merged(self) -> Any:
         """What was merged ahead, of the shape of the base; None: nothing was."""
-        found = next((f for f, role in zip(self.factors, self.roles, strict=True) if role == "merged"), None)
+        found = self._of("merged")
         return None if found is None else laid_out(found)[..., 0]
 
-    def unmerged(self) -> Factored:
-        if "merged" not in self.roles:
+    @property
+    def weights(self) -> Any:
+        """Of the adapters that it has side by side, of shape (1..., adapters); None: it has one."""
+        return self._of("weights")
+
+    def _of(self, role: str) -> Any:
+        return next((f for f, other in zip(self.factors, self.roles, strict=True) if other == role), None)
+
+    def _without(self, gone: str) -> Factored:
+        if gone not in self.roles:
             return self
-        kept = [i for i, role in enumerate(self.roles) if role != "merged"]
+        kept = [i for i, role in enumerate(self.roles) if role != gone]
         pick = lambda values: None if values is None else tuple(values[i] for i in kept)
         return self.replace(factors=pick(self.factors), roles=pick(self.roles), varies=pick(self.varies))
 
+    def unmerged(self) -> Factored:
+        return self._without("merged")
+
     def merged_ahead(self) -> Factored:
         """The same, merged: where dropout is off, and there is something to merge."""
-        if self.pair is None or self.key is not None or self.tap is not None:
+        if self.pair is None or self.key is not None or self.tap is not None or self.weights is not None:
             return self
         alone = self.replace(factors=self.pair, roles=("a", "b"), strides=())
         whole = lax.stop_gradient(alone.dense())
@@ -135,7 +155,7 @@ class Factored(Tracked):
 
     def dense(self, dtype: Any = None) -> jax.Array:
         """The weight itself: computed in float32 (or wider), rounded once, to `dtype` or to the base's."""
-        return self.laid_out().unmerged()._dense(dtype)
+        return self.laid_out().alone()._dense(dtype)
 
     def _dense(self, dtype: Any) -> jax.Array:
         dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)
@@ -152,6 +172,22 @@ class Factored(Tracked):
             # As a change of the weight it lies where the weight lies, wherever XLA computes it.
             weight = weight + turned(weight, labels, moved, of_rows, at, stride, transpose=True)
         return weight.astype(dtype)
+
+    def chosen(self, tokens: float | None = None) -> Factored:
+        """The same with the factors of the adapter that acts, of several that it has side by side.
+
+        Args:
+          tokens: of each row, in a product that can drop the ranks of the others: it stays as it is where that costs
+            less.
+        """
+        weights = self.weights
+        if weights is None or (tokens is not None and takes_masks(weights.shape[-1], self.rows, tokens)):
+            return self
+        a, b = (gathered(f, laid_out(weights), is_weighted=not i) for i, f in enumerate(self.factors[:2]))
+        return self.replace(factors=(a, b, *self.factors[2:]))._without("weights")
+
+    def alone(self) -> Factored:
+        return self.unmerged().chosen()
 
     def no_turn(self, size: int, stride: int) -> jax.Array:
         """The rows of a turn that turns nothing: those of the identity."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,14 +28,22 @@ class Dot(NamedTuple):
 def dot_of(eqn: Any, weight: Factored, is_left: bool, x: Any) -> Dot | None:
     """A dot_general whose left, or right, operand is a weight; None if that can't go through its factors."""
     xs, ws, out = labels_of(eqn.params["dimension_numbers"], is_left, x.ndim, weight.ndim)
+    weight = weight.chosen(_tokens(x, xs, ws, out))
     ends = Ends.of(weight, ws, xs, out)
     if ends is None:
         return None
     return Dot(ends, _path(eqn, weight, is_left, x, xs, ws, out) if weight.pair else None)
 
 
+def _tokens(x: Any, xs: Labels, ws: Labels, out: Labels) -> float:
+    """How many vectors each matrix of a weight is multiplied with."""
+    return math.prod(n for label, n in zip(xs, x.shape, strict=True) if label in out and label not in ws)
+
+
 def _path(eqn: Any, weight: Factored, is_left: bool, x: Any, xs: Labels, ws: Labels, out: Labels) -> LowRank:
     dtype = computing(x.dtype, weight.base.dtype)
+    if weight.weights is not None:  # all that are stored are read: a copy of them in another type would cost more
+        dtype = computing(dtype, *(factor.dtype for factor in weight.pair or ()))
     precision = precision_of(eqn, dtype)
     precision = swapped(precision) if is_left else precision
     result = eqn.outvars[0].aval.dtype
@@ -108,6 +117,8 @@ def _member(eqn: Any, x: Any, dot: Dot) -> _Member | None:
     """None for a product that reads another input than x, or whose first factor has other axes than x and it share."""
     path = dot.path
     if path is None or dot.ends.acts_on_x or path.weight.key is not None or path.weight.tap is not None:
+        return None
+    if path.weight.weights is not None:  # side by side they are large: put beside others they would be copied
         return None
     factor, form = path.first, path.forms.into
     labels = form.ys

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ from jlora.interpret.frame import Frame
 
 Rule = Callable[..., Any]
 DECLINED = NotImplemented
-AS_STORED = frozenset({"dot_general", "convert_element_type", "copy", "copy_p", "name", "transpose", "jit", "pjit"}) | {
-    *compat.REMAT
-}  # primitives whose rules take factors as they are stored
+AS_STORED = frozenset(
+    {"dot_general", "convert_element_type", "copy", "copy_p", "name", "transpose", "jit", "pjit", "scan"}
+) | {*compat.REMAT}  # primitives whose rules take factors as they are stored
 
 # Those that look at a weight another way, or hand it on: a weight that was merged ahead stays so.
 KEEP_MERGED = AS_STORED | frozenset(
@@ -50,6 +51,7 @@ class Interpreter:
       told: (interpreter, weight, equation, kind, group, strategy): told of each use that was computed through the
         factors, with the names of all weights of which the input was multiplied by the first factors at once.
       inline: whether functions that were compiled on their own are walked in place, so that each use is told anew.
+      always: rules of primitives that no tracked weight reaches, where JAX's own are not to be taken.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Interpreter:
         dense: Callable[..., Any],
         told: Callable[..., None] = lambda *_: None,
         inline: bool = False,
+        always: Mapping[str, Rule] = MappingProxyType({}),
     ) -> None:
         self.rules = rules
+        self.always = always
         self.inline = inline
         self._dense = dense
         self._told = told
@@ -142,7 +146,7 @@ class Interpreter:
         frame, name = self.frame, eqn.primitive.name
         tracked = [i for i, value in enumerate(inputs) if isinstance(value, Tracked)]
         outputs = DECLINED
-        if tracked and (rule := self.rules.get(name)):
+        if rule := (self.rules if tracked else self.always).get(name):
             self._walk.around.append(eqn)
             try:
                 outputs = rule(self, eqn, *inputs)
@@ -169,7 +173,7 @@ def _seen(value: Any, index: int, name: str) -> Any:
         return value
     key = getattr(value, "key", None)
     value = value if key is None else value.replace(key=jax.random.fold_in(key, index))
-    value = value if name in KEEP_MERGED else value.unmerged()
+    value = value if name in KEEP_MERGED else value.unmerged() if name == "gather" else value.alone()
     return value if name in AS_STORED else value.laid_out()
 
 

@@ -52,6 +52,22 @@ class Laid:
         return lax.expand_dims(x, [i for i, axis in enumerate(self.order) if axis is None])
 
 
+def sliceable(x: Any) -> Any:
+    """The same so that a slice of its array along the first axis is one of what it stands for, or it has no such axis.
+
+    `step` tells what the slice stands for.
+    """
+    return x if isinstance(x, Laid) and x.order[0] in (0, None) else laid_out(x)
+
+
+def step(x: Any) -> Any:
+    """What a slice of `sliceable` along its first axis stands for; of one that has no such axis the same at each."""
+    if not isinstance(x, Laid):
+        return x
+    first, *others = x.order
+    return Laid(x.array, tuple(axis if axis is None or first is None else axis - 1 for axis in others))
+
+
 def laid_out(x: Any) -> Any:
     """The array that something stands for."""
     return x.dense() if isinstance(x, Laid) else x

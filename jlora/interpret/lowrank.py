@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret.bilinear import bilinear
+from jlora.interpret.choice import masked
 from jlora.interpret.factored import Factored
-from jlora.interpret.laid import labels_of, order_of, stored
+from jlora.interpret.laid import labels_of, laid_out, order_of, stored
 from jlora.interpret.manual import varying
 from jlora.interpret.products import Labels, cast, contract, is_meshed, scaled
 
@@ -83,7 +84,7 @@ class LowRank(NamedTuple):
         """s h . b, broadcastable to the product; no policy of `jax.checkpoint` sees it: it saves the whole product."""
         _, _, form, gaps = self.forms
         form = form if form.result == dtype else dataclasses.replace(form, result=dtype)
-        z = bilinear(form, tapped(h, self.weight), self.second)
+        z = bilinear(form, _acting(tapped(h, self.weight), self.weight), self.second)
         return lax.expand_dims(z, gaps) if gaps else z
 
 
@@ -154,6 +155,11 @@ def sums_of(dtype: Any, preferred: Any) -> Any:
 
 def tapped(h: Any, weight: Factored) -> Any:
     return h if weight.tap is None else weight.tap(h)
+
+
+def _acting(h: Any, weight: Factored) -> Any:
+    """The middle tensor of the adapters that act, of those that the weight has side by side."""
+    return h if weight.weights is None else masked(h, laid_out(weight.weights))
 
 
 # Dropout: what is kept is drawn once, and stays for the backward pass as one bit an element.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -43,11 +43,15 @@ class AdaptedParam(abc.ABC):
       KINDS: the uses of a kernel that it adapts.
       SETTINGS: the settings of `jlora.LoraSpec` that mean something to it, beside the targets.
       OPTIONS: settings of its own, with their defaults.
+      LINEAR: the fields in which its update is linear (``start.1`` is the second array of one that holds a tuple).
+        With them zero it changes nothing, and ranks of zeros add nothing: so adapters of other ranks and scales can be
+        stacked (`jlora.adapters.stack`).
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("dot", "embedding", "conv", "ragged_dot")
     SETTINGS: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "init", "dropout")
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
+    LINEAR: ClassVar[tuple[str, ...]] = ()
 
     base: Any
 
@@ -63,6 +67,19 @@ class AdaptedParam(abc.ABC):
         rank = {"rank": node.lora_a.shape[-1]} if hasattr(node, "lora_a") else {}
         given = {"scaling": "scale", "dropout": "dropout"}
         return rank | {name: getattr(node, field) for name, field in given.items() if hasattr(node, field)}
+
+    def resolved(self) -> AdaptedParam:
+        """The node that functions see in place of this one."""
+        return self
+
+    def identity(self) -> Self:
+        """The same node where it changes nothing: with zeros in the fields of `LINEAR`."""
+        if not self.LINEAR:
+            raise ValueError(
+                f"{type(self).__name__} says neither in which fields its update is linear (LINEAR), nor what it is "
+                "where it changes nothing (identity), so that none can stand for an adapter that lacks this kernel"
+            )
+        return with_linear(self, jnp.zeros_like)
 
     @abc.abstractmethod
     def effective(self, name: str, key: jax.Array | None) -> Factored | jax.Array:
@@ -148,6 +165,18 @@ class TrainableParam(AdaptedParam):
     def effective(self, name: str, key: jax.Array | None) -> jax.Array:
         del name, key
         return self.base
+
+
+def with_linear(node: Any, fn: Callable[[Any], Any]) -> Any:
+    """The node with a function of each array of its `LINEAR`."""
+    changes: dict[str, Any] = {}
+    for name, _, place in (entry.partition(".") for entry in type(node).LINEAR):
+        value = getattr(node, name)
+        if not place:
+            changes[name] = fn(value)
+        elif value:
+            changes[name] = tuple(fn(x) if i == int(place) else x for i, x in enumerate(value))
+    return dataclasses.replace(node, **changes)
 
 
 def is_node(x: Any) -> bool:

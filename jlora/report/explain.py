@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import jax
 from jlora.apply import RULES, Settings, inner_settings, run_on_wrapped
 from jlora.interpret.factored import Factored
 from jlora.interpret.interpreter import Interpreter
+from jlora.interpret.ragged import BY_ROWS
 from jlora.interpret.sites import observe
 from jlora.nodes.checks import check_whole
 from jlora.nodes.node import is_node
@@ -44,7 +46,8 @@ class Use:
     Args:
       group: the paths of the kernels that share its input: one x @ [A ...] is computed for all of them.
       note: what of that is to be said.
-      strategy: of `apply` by which it is computed; ``"dense"`` where it has no factored rule.
+      strategy: of `apply` by which it is computed; ``"dense"`` where it has no factored rule; of a function of
+        `jlora.adapters.batched` it is ``"masks"`` or ``"gathered"``.
       estimates: what each strategy costs; None where the use is no product.
     """
 
@@ -103,7 +106,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     Args:
       fn: the unchanged function, as given to `jlora.apply`; or a loss that calls `jlora.apply`, whose `rng` and
-        `strategy` are those explained.
+        `strategy` are those explained; or what `jlora.adapters.batched` returns, with its arguments.
       tree: its wrapped first argument.
       *args, **kwargs: its other arguments.
 
@@ -134,7 +137,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
     ) -> None:
         primitive = eqn.primitive.name if eqn is not None else "output"
         shape: Any = shapes.get(weight.name, weight.base.shape)  # a fused weight has a name that no leaf has
-        note = _grouped(weight, group)
+        note = _by_rows(weight, strategy) or _grouped(weight, group)
         facts = (primitive, walk.source(eqn), group, note, strategy, _estimates(weight, eqn))
         use = Use(weight.name, tuple(shape), kind, not reason, reason, *facts)
         uses.setdefault((walk.place(eqn), weight.name), use)
@@ -143,19 +146,21 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
         told(walk, weight, eqn, "other", (), reason=reason)
         return weight.dense()
 
-    interpreter = Interpreter(RULES, dense, told, inline=True)
+    always = BY_ROWS if hasattr(fn, "run_by") else {}
+    interpreter = Interpreter(RULES, dense, told, inline=True, always=always)
+    on_base = getattr(fn, "on_base", fn)
     arrays, rebuild = split_arrays((tree, args, kwargs))
 
     def run(walk: Interpreter, settings: Settings) -> Callable[[list[Any]], list[Any]]:
         def adapted(arrays: list[Any]) -> list[Any]:
             tree, args, kwargs = rebuild(arrays)
-            return _arrays_only(run_on_wrapped(fn, walk, settings, tree, *args, **kwargs))
+            return _arrays_only(_runner(fn, walk, settings)(tree, *args, **kwargs))
 
         return adapted
 
     def plain(arrays: list[Any]) -> Any:
         tree, args, kwargs = rebuild(arrays)
-        return _arrays_only(run_on_wrapped(fn, _silent(), Settings(), unwrap(tree), *args, **kwargs))
+        return _arrays_only(run_on_wrapped(on_base, _silent(always), Settings(), unwrap(tree), *args, **kwargs))
 
     with inner_settings() as found:
         jax.eval_shape(run(interpreter, Settings()), arrays)
@@ -165,17 +170,25 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
         jax.eval_shape(run(interpreter, settings), arrays)
 
     def on_tree(tree: Any, rest: Any) -> list[Any]:  # without groups, in which adapters share products
-        return _arrays_only(run_on_wrapped(fn, _silent({}), Settings(), tree, *rest[0], **rest[1]))
+        return _arrays_only(_runner(fn, _silent(always, {}), Settings())(tree, *rest[0], **rest[1]))
 
     rest_arrays, rest_of = split_arrays((args, kwargs))
     names = [use.path for use in uses.values()]
     idle = without_effect(lambda tree, arrays: on_tree(tree, rest_of(arrays)), tree, rest_arrays, names)
-    costs = _cost(run(_silent(), settings), arrays), _cost(plain, arrays)
-    return _explained(tuple(uses.values()), *costs, totals(tree), idle, _not_adapted(fn, tree, nodes, args, kwargs))
+    costs = _cost(run(_silent(always), settings), arrays), _cost(plain, arrays)
+    return _explained(
+        tuple(uses.values()), *costs, totals(tree), idle, _not_adapted(on_base, tree, nodes, args, kwargs)
+    )
 
 
-def _silent(rules: Mapping[str, Any] = RULES) -> Interpreter:
-    return Interpreter(dict(rules), lambda _, weight, *__: weight.dense(), inline=True)
+def _runner(fn: Any, walk: Interpreter, settings: Settings) -> Callable[..., Any]:
+    """The function on wrapped trees; one of `jlora.adapters.batched` on all adapters."""
+    of = lambda inner: functools.partial(run_on_wrapped, inner, walk, settings)
+    return fn.run_by(of) if hasattr(fn, "run_by") else of(fn)
+
+
+def _silent(always: Mapping[str, Any], rules: Mapping[str, Any] = RULES) -> Interpreter:
+    return Interpreter(dict(rules), lambda _, weight, *__: weight.dense(), inline=True, always=always)
 
 
 def _settings(found: Sequence[Settings]) -> Settings:
@@ -192,7 +205,7 @@ def _not_adapted(fn: Callable[..., Any], tree: Any, nodes: Mapping[str, Any], ar
 
 
 def _estimates(weight: Factored, eqn: Any) -> Estimates | None:
-    if not weight.pair or eqn is None or eqn.primitive.name != "dot_general":
+    if not weight.pair or weight.rows or eqn is None or eqn.primitive.name != "dot_general":
         return None
     size = math.prod(weight.base.shape)
     over = math.prod(eqn.invars[0].aval.shape[axis] for axis in eqn.params["dimension_numbers"][0][0])
@@ -201,6 +214,13 @@ def _estimates(weight: Factored, eqn: Any) -> Estimates | None:
     frozen = 4 * tokens * size
     merged = 4 * tokens * factors + 4 * size * weight.pair[0].shape[-1]
     return Estimates(frozen, frozen + 6 * tokens * factors, frozen + merged)
+
+
+def _by_rows(weight: Factored, strategy: str) -> str:
+    """How the adapters of a batch's rows come to a product."""
+    if strategy == "masks":
+        return f"the ranks of all {weight.weights.shape[-1]} adapters at once, those of other rows' masked"
+    return "each row's own factors, gathered" if strategy == "gathered" else ""
 
 
 def _grouped(weight: Factored, group: Sequence[str]) -> str:

@@ -106,16 +106,23 @@ def _leaf(path: str, leaf: Any) -> Leaf:
     shape = tuple(leaf.shape)
     if not is_node(leaf):
         return Leaf(path, shape, _type(leaf), "", None, None, 0, size(leaf))
-    kind = FULL if isinstance(leaf, TrainableParam) else type(leaf).__name__.removesuffix("Param").lower()
+    kind = FULL if isinstance(leaf, TrainableParam) else _kind(leaf)
     rank, scale = (leaf.settings.get(name) for name in ("rank", "scaling"))
     trained = jax.tree.leaves(jax.tree.map(lambda x, m: size(x) if m == TRAINABLE else 0, leaf, labels(leaf)))
     count = sum(size(x) for x in jax.tree.leaves(leaf, is_leaf=is_qarray))
     return Leaf(path, shape, _type(leaf.base), kind, rank, scale, sum(trained), count, _note(leaf))
 
 
+def _kind(node: Any) -> str:
+    """The variant, and of how many adapters (`jlora.adapters.stack`)."""
+    of = getattr(node, "of", type(node))
+    kind = FULL if of is TrainableParam else of.__name__.removesuffix("Param").lower()
+    return f"{len(node.members)}x {kind}" if of is not type(node) else kind
+
+
 def _note(node: Any) -> str:
     layers = getattr(node, "layers", None)
-    dropout = f"dropout {node.dropout:g}" if getattr(node, "dropout", 0) else ""
+    dropout = f"dropout {node.dropout:g}" if getattr(node, "dropout", 0) > 0 else ""
     some = f"layers {some_of(layers)} of {node.shape[node.axes.batch_axis[0]]}" if layers is not None else ""
     return "; ".join(filter(None, (dropout, some)))
 

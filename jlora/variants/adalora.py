@@ -30,6 +30,7 @@ class AdaLoraParam(AdaptedParam):
     """
 
     SETTINGS = ("rank", "alpha", "scaling", "dropout")
+    LINEAR = ("lora_e",)
 
     base: Any = frozen()
     lora_a: Any = trained("batch in rank")

@@ -25,6 +25,8 @@ class LoraBiasParam(AdaptedParam):
       scale: that of the kernel's update.
     """
 
+    LINEAR = ("lora_bias",)
+
     base: Any = frozen()
     lora_bias: Any = trained()
     scale: float = static(default=1.0)

@@ -41,6 +41,8 @@ class DoraParam(AdaptedParam):
       Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, sections 4.1 and 4.3.
     """
 
+    LINEAR = ("lora_b", "start.1")
+
     base: Any = frozen()
     lora_a: Any = trained("batch in rank")
     lora_b: Any = trained("batch rank out")
@@ -58,10 +60,17 @@ class DoraParam(AdaptedParam):
         magnitude = jnp.sqrt(norm2).astype(kernel.dtype)
         return cls(base, **kernel.low_rank(base, key), magnitude=magnitude, norm2=norm2, **kernel.settings)
 
+    def identity(self) -> DoraParam:
+        return dataclasses.replace(super().identity(), magnitude=jnp.sqrt(self.norm2).astype(self.magnitude.dtype))
+
     def effective(self, name: str, key: jax.Array | None) -> Factored:
-        norm = lax.stop_gradient(jnp.sqrt(jnp.maximum(self._norm2(), SMALL * self.norm2 + TINY)))
+        norm = self.norm()
         gain = self.beside(self.magnitude.astype(norm.dtype) / norm, "batch out", fill=1)
         return gained(low_rank_of(self, name, key), gain, keeps_result=True)
+
+    def norm(self) -> jax.Array:
+        """||V||, of shape (batch..., out...), without a gradient."""
+        return lax.stop_gradient(jnp.sqrt(jnp.maximum(self._norm2(), SMALL * self.norm2 + TINY)))
 
     def _norm2(self) -> jax.Array:
         """||W||^2 + 2 s sum(W^T A * B^T) + s^2 sum(B * (A^T A) B), of shape (batch..., out...)."""

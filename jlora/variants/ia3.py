@@ -49,6 +49,9 @@ class Ia3Param(AdaptedParam):
         ones = jnp.ones(kernel.sizes(f"batch {on}"), kernel.dtype)
         return (cls if on == "out" else Ia3InParam)(base, ones, **kernel.place)
 
+    def identity(self) -> Ia3Param:
+        return dataclasses.replace(self, ia3_l=jnp.ones_like(self.ia3_l))
+
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key
         return gained(plain(self.base, name=name), self.beside(self.ia3_l, "batch out", fill=1))
@@ -67,6 +70,9 @@ class Ia3InParam(AdaptedParam):
     @property
     def settings(self) -> dict[str, Any]:
         return {"variant": Ia3Param, "options": {"on": "in"}}
+
+    def identity(self) -> Ia3InParam:
+        return dataclasses.replace(self, ia3_l=jnp.ones_like(self.ia3_l))
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key

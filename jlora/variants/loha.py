@@ -34,6 +34,7 @@ class LohaParam(AdaptedParam):
     """
 
     SETTINGS = ("rank", "alpha", "scaling", "dropout")
+    LINEAR = ("loha_b1",)
 
     base: Any = frozen()
     loha_a1: Any = trained("batch in rank")

@@ -38,6 +38,7 @@ class LokrParam(AdaptedParam):
 
     SETTINGS = ("rank", "alpha", "scaling", "dropout")
     OPTIONS = {"factor": 8}
+    LINEAR = ("lokr_c",)
 
     base: Any = frozen()
     lokr_c: Any = trained("batch p q")

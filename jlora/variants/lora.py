@@ -37,6 +37,8 @@ class LoraParam(AdaptedParam):
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
     """
 
+    LINEAR = ("lora_b", "start.1")
+
     base: Any = frozen()
     lora_a: Any = trained("batch in rank")
     lora_b: Any = trained("batch rank out")

@@ -27,6 +27,8 @@ class LoraFaParam(AdaptedParam):
       arXiv:2308.03303.
     """
 
+    LINEAR = ("lora_b", "start.1")
+
     base: Any = frozen()
     lora_a: Any = frozen("batch in rank")
     lora_b: Any = trained("batch rank out")

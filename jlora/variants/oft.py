@@ -45,6 +45,10 @@ class Rotation(AdaptedParam):
         factors = self.oft_q.shape[len(self.axes.batch_axis)]
         return {"options": {"block_size": self.size, "factors": factors}}
 
+    def identity(self) -> Any:
+        turns: Any = self
+        return dataclasses.replace(turns, oft_q=jnp.zeros_like(self.oft_q))
+
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key
         batch, ins = self.axes.batch_axis, self.axes.in_axis

@@ -33,6 +33,7 @@ class VeraParam(AdaptedParam):
 
     SETTINGS = ("rank", "dropout")
     OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
+    LINEAR = ("lambda_b",)
 
     base: Any = frozen()
     vera_a: Any = frozen("in rank")

@@ -1,0 +1,303 @@
+"""`Pool`: adapters for serving that come and go, while the compiled step stays."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jlora import peft
+from jlora.adapters.stack import stack
+from jlora.adapters.stacked import Member, StackedParam, array_fields, place_of, rank_of
+from jlora.interpret.sites import Site
+from jlora.nodes import placement
+from jlora.nodes.node import TrainableParam, is_node, is_unit
+from jlora.spec import LoraSpec
+from jlora.targets.paths import flatten_named, refill
+from jlora.tree import has_nodes
+from jlora.variants.lora import from_start
+from jlora.wrap import wrap
+
+
+class Pool:
+    """Adapters on one base, by name: as many as there is room for, those longest unused make way.
+
+    The tree of all has one structure and shape whatever is in it, so that a compiled function of it is never compiled
+    again. Its arrays are replaced, never written: a step that runs on an earlier tree is not disturbed. All methods may
+    be called from several threads; `put` reads files before it stops the others, so that one thread can load while
+    another runs steps.
+
+    Args:
+      base: the plain tree, which may be quantised, and placed on a mesh.
+      capacity: how many adapters there is room for.
+      rank: the largest that there is room for; it costs as much for smaller ones.
+      spec: a `jlora.LoraSpec` that tells which kernels adapters may have, of which variant, which leaves in full, and
+        the type of the factors; its rank, scale and dropout count for nothing. None: all linear layers, LoRA.
+      sites: as in `jlora.wrap`.
+
+    Attributes:
+      tree: of all adapters now, for `jlora.adapters.batched`; `take` gives it with the numbers that go with it.
+
+    Raises:
+      ValueError: if capacity or rank is less than one, or as `jlora.wrap` does.
+      TypeError: if the base is wrapped.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> pool = jlora.adapters.Pool(params, capacity=2, rank=4)
+      >>> run = jax.jit(jlora.adapters.batched(lambda p, x: x @ p["kernel"]))
+      >>> for seed, name in enumerate(("poems", "reviews", "news")):
+      ...     pool.put(name, jlora.wrap(params, jlora.LoraSpec(rank=2, seed=seed)))
+      >>> list(pool)
+      ['reviews', 'news']
+      >>> tree, ids = pool.take(["news", None, "reviews"])
+      >>> run(tree, ids, jnp.ones((3, 5, 4))).shape
+      (3, 5, 3)
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        capacity: int,
+        rank: int,
+        *,
+        spec: LoraSpec | None = None,
+        sites: Mapping[str, Site] | None = None,
+    ) -> None:
+        if has_nodes(base):
+            raise TypeError("Pool takes the plain base; this tree is wrapped: jlora.unwrap it, and put it by name")
+        for what, n in (("capacity", capacity), ("rank", rank)):
+            if type(n) is not int or n < 1:
+                raise ValueError(f"Pool: {what} must be a whole number from 1 on, found {n!r}")
+        spec = LoraSpec(targets="all-linear") if spec is None else spec
+        self.base = base
+        self.capacity = capacity
+        self.rank = rank
+        self._blank = _blank(wrap(base, _of_rank(spec, rank, base, sites), sites=sites))
+        self._tree = _with_room(self._blank, base, capacity)
+        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def tree(self) -> Any:
+        return self._tree
+
+    def put(self, name: str, adapter: Any, **settings: Any) -> None:
+        """Takes an adapter in, or another one under the same name.
+
+        Args:
+          name: by which it is asked for.
+          adapter: a wrapped tree on this base, or what `jlora.peft.load` takes: a directory, or ``"org/name"``.
+          settings: of `jlora.peft.load`, such as ``names="llama"``.
+
+        Raises:
+          ValueError: if it has a kernel, a variant or a rank for which there is no room, or stands on another base; or
+            as `jlora.peft.load` does. The pool is as it was then.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"Pool.put: the name of an adapter is a string, found {name!r}")
+        tree = peft.load(adapter, self.base, **settings) if isinstance(adapter, (str, Path)) else adapter
+        arrays = self._fitted(name, tree)
+        with self._lock:
+            slot = self._slots[name] if name in self._slots else self._free()
+            self._tree = _inserted(self._tree, slot, arrays)
+            self._slots[name] = slot
+            self._slots.move_to_end(name)
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out.
+
+        Raises:
+          KeyError: if there is none of that name.
+        """
+        with self._lock:
+            self._number(name)
+            del self._slots[name]
+
+    def ids(self, names: Iterable[str | None]) -> jax.Array:
+        """The numbers of adapters in the tree as it is now, for `jlora.adapters.batched`; None is the base.
+
+        Where other threads put adapters in, `take` gives the numbers with the tree that they belong to.
+
+        Raises:
+          KeyError: if there is none of a name.
+        """
+        return self.take(names)[1]
+
+    def take(self, names: Iterable[str | None]) -> tuple[Any, jax.Array]:
+        """The tree of all adapters and the numbers of some of them in it; they count as used now.
+
+        Raises:
+          KeyError: if there is none of a name.
+        """
+        with self._lock:
+            names = list(names)
+            numbers = [-1 if name is None else self._number(name) for name in names]
+            for name in names:
+                if name is not None:
+                    self._slots.move_to_end(name)
+            tree = self._tree
+        return tree, jnp.asarray(np.asarray(numbers, np.int32))
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, that of the adapter longest unused first."""
+        with self._lock:
+            return iter(list(self._slots))
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    def _number(self, name: str) -> int:
+        if name not in self._slots:
+            known = ", ".join(map(repr, self._slots)) or "nothing"
+            raise KeyError(f"Pool: there is no adapter {name!r}; it holds {known}. Put it in first")
+        return self._slots[name]
+
+    def _free(self) -> int:
+        """A place that is free, be it by the adapter longest unused."""
+        if len(self._slots) == self.capacity:
+            return self._slots.popitem(last=False)[1]
+        return min({*range(self.capacity)} - {*self._slots.values()})
+
+    def _fitted(self, name: str, tree: Any) -> list[Any]:
+        """The arrays of an adapter as they go into the tree: of full rank, of all kernels and layers."""
+        if not has_nodes(tree):
+            raise TypeError(f"Pool.put: {name!r} is no wrapped tree, nor the path of an adapter")
+        room = dict(zip(*flatten_named("Pool.put", self._blank, is_unit)[:2], strict=True))
+        paths, leaves, treedef = flatten_named("Pool.put", tree, is_unit)
+        fitting = [self._checked(name, path, leaf, room.get(path)) for path, leaf in zip(paths, leaves, strict=True)]
+        try:
+            both = stack([self._blank, treedef.unflatten(fitting)])
+        except ValueError as error:
+            raise ValueError(f"Pool.put: {name!r} does not fit: {error}") from error
+        return [_second(node) for node in jax.tree.leaves(both, is_leaf=is_unit) if isinstance(node, StackedParam)]
+
+    def _checked(self, name: str, path: str, leaf: Any, room: Any) -> Any:
+        """A leaf of an adapter, which has room here."""
+        if not is_node(leaf):
+            return leaf
+        if not is_node(room):
+            raise ValueError(
+                f"Pool.put: {name!r} adapts {path}, for which there is no room; say so when the pool is made, as in "
+                "Pool(..., spec=jlora.LoraSpec(targets=..., train=...))"
+            )
+        if getattr(leaf, "start", ()):
+            lora_a, lora_b = from_start(leaf)
+            leaf = dataclasses.replace(leaf, lora_a=lora_a, lora_b=lora_b, start=())
+        rank, most = rank_of(leaf) or 0, rank_of(room) or 0
+        if rank > most:
+            raise ValueError(
+                f"Pool.put: {name!r} has rank {rank} at {path}, and there is room for {most}: make the pool with that "
+                "rank, or take jlora.adapters.resize(tree, rank)"
+            )
+        return leaf
+
+
+def _of_rank(spec: LoraSpec, rank: int, base: Any, sites: Mapping[str, Site] | None) -> LoraSpec:
+    """The spec with a rank, or less for kernels that have no room for it."""
+    spec = dataclasses.replace(spec, rank=1, dropout=0.0)
+    paths, leaves, _ = flatten_named("Pool", jax.eval_shape(lambda base: wrap(base, spec, sites=sites), base), is_unit)
+    adapted = {path: node for path, node in zip(paths, leaves, strict=True) if is_node(node) and hasattr(node, "axes")}
+    size = lambda node, axes: math.prod(node.shape[axis] for axis in axes)
+    most = {path: min(size(x, x.axes.in_axis), size(x, x.axes.out_axis)) for path, x in adapted.items()}
+    less = {f"re:{re.escape(path)}": {"rank": n} for path, n in most.items() if n < rank}
+    return dataclasses.replace(spec, rank=rank, overrides={**spec.overrides, **less})
+
+
+def _blank(tree: Any) -> Any:
+    """The wrapped tree with zeros in all that trains in its adapters."""
+
+    def blank(node: Any) -> Any:
+        if not is_node(node) or isinstance(node, TrainableParam):
+            return node
+        fields = [f for f in array_fields(type(node)) if f.metadata["trained"]]
+        zeros = {f.name: jax.tree.map(jnp.zeros_like, getattr(node, f.name)) for f in fields}
+        return dataclasses.replace(node, **zeros, **({"start": ()} if getattr(node, "start", ()) else {}))
+
+    return jax.tree.map(blank, tree, is_leaf=is_unit)
+
+
+def _with_room(tree: Any, base: Any, capacity: int) -> Any:
+    """The tree of so many adapters that are not there yet, each array placed as the base is."""
+
+    def room(node: Any) -> Any:
+        if not isinstance(node, StackedParam):
+            return node
+        told: Any = node
+        flags = jnp.zeros((*_batch(node), capacity), bool)
+        scales = (jnp.ones(capacity, jnp.float32),) if hasattr(node, "scale") else ()
+        made = dataclasses.replace(told, scales=scales, present=(flags,), members=(Member(),) * capacity)
+        where = placement.of_node(made, made.base)
+        return made if where is None else jax.device_put(made, where)
+
+    return jax.tree.map(room, stack([tree] * capacity, base=base), is_leaf=is_unit)
+
+
+def _batch(node: Any) -> tuple[int, ...]:
+    return tuple(node.shape[axis] for axis in node.axes.batch_axis)
+
+
+def _inserted(tree: Any, slot: int, adapter: list[Any]) -> Any:
+    """The tree with an adapter in one place, its bases the very same."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_unit)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, StackedParam)]
+    bare = [dataclasses.replace(leaves[i], base=()) for i in places]
+    made = zip(places, _insert(bare, slot, adapter), strict=True)
+    return refill(treedef, leaves, places)([dataclasses.replace(node, base=leaves[i].base) for i, node in made])
+
+
+class _Arrays(NamedTuple):
+    """What of an adapter goes into a node of several: its fields, its scale, and where it is there."""
+
+    fields: dict[str, Any]
+    scale: Any
+    present: Any
+
+
+def _second(node: Any) -> _Arrays:
+    """The arrays of the second of two adapters."""
+    pick = lambda dims, x: lax.index_in_dim(x, 1, place_of(node, dims), keepdims=False)
+    fields = {f.name: _parts(pick, f.metadata["dims"], getattr(node, f.name)) for f in _own(node)}
+    scale = None if node.members[1] is None else Member(*node.members[1]).scale
+    present = pick("batch adapters", node.present[0]) if node.present else np.ones(_batch(node), bool)
+    return _Arrays(fields, np.float32(1.0 if scale is None else scale), present)
+
+
+def _own(node: Any) -> list[dataclasses.Field]:
+    """The fields of its variant."""
+    return [f for f in array_fields(type(node)) if f.name not in ("scales", "present")]
+
+
+def _parts(fn: Callable[..., Any], dims: Any, value: Any, *others: Any) -> Any:
+    """A function of a field's dims and array, of each array where it holds a tuple."""
+    return tuple(map(fn, dims, value, *others)) if isinstance(value, tuple) else fn(dims, value, *others)
+
+
+@jax.jit
+def _insert(nodes: list[Any], slot: Any, adapter: list[_Arrays]) -> list[Any]:
+    """The nodes with an adapter in one place: new arrays, one program for all places."""
+
+    def insert(node: Any, arrays: _Arrays) -> Any:
+        at = lambda dims, x, y: lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), slot, place_of(node, dims))
+        fields = {
+            f.name: _parts(at, f.metadata["dims"], getattr(node, f.name), arrays.fields[f.name]) for f in _own(node)
+        }
+        scales = tuple(at("adapters", x, arrays.scale) for x in node.scales)
+        present = tuple(at("batch adapters", x, arrays.present) for x in node.present)
+        return dataclasses.replace(node, **fields, scales=scales, present=present)
+
+    return list(map(insert, nodes, adapter))
