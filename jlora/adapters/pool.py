@@ -238,7 +238,7 @@ def _with_room(tree: Any, base: Any, capacity: int) -> Any:
         if not isinstance(node, StackedParam):
             return node
         told: Any = node
-        flags = jnp.zeros((*_batch(node), capacity), bool)
+        flags = jnp.zeros((*_batch(node), capacity), jnp.float32)
         scales = (jnp.ones(capacity, jnp.float32),) if hasattr(node, "scale") else ()
         made = dataclasses.replace(told, scales=scales, present=(flags,), members=(Member(),) * capacity)
         where = placement.of_node(made, made.base)
@@ -273,7 +273,7 @@ def _second(node: Any) -> _Arrays:
     pick = lambda dims, x: lax.index_in_dim(x, 1, place_of(node, dims), keepdims=False)
     fields = {f.name: _parts(pick, f.metadata["dims"], getattr(node, f.name)) for f in _own(node)}
     scale = None if node.members[1] is None else Member(*node.members[1]).scale
-    present = pick("batch adapters", node.present[0]) if node.present else np.ones(_batch(node), bool)
+    present = pick("batch adapters", node.present[0]) if node.present else np.ones(_batch(node), np.float32)
     return _Arrays(fields, np.float32(1.0 if scale is None else scale), present)
 
 

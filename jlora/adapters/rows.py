@@ -124,7 +124,7 @@ def _applied(fallback: str, fn: Callable[..., Any], rng: Any) -> Callable[..., A
     return applied(fn, fallback, Settings(rng, freeze=False), by_rows=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Batched:
     """What `batched` returns.
 

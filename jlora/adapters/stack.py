@@ -32,7 +32,7 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
     Args:
       trees: wrapped trees, with the very same base arrays or equal ones; None, or the plain tree, is the base itself.
       base: the plain tree. It is needed where a leaf is trained in full by all of them, since none keeps its original:
-        without it that leaf of the base is NaN.
+        without it adapter -1, the base, has NaN there.
 
     Returns:
       A wrapped tree for `select`, `mix`, `batched`, `unstack`; also for `jlora.optimizer`, `jlora.partition` and other
@@ -90,6 +90,11 @@ def _stacked(path: str, leaves: Sequence[Any], plain: Any) -> Any:
         return next(iter(bases.values()))
     _check_alike(path, nodes)
     if in_full:
+        if not bases and len(nodes) < len(leaves):
+            raise ValueError(
+                f"stack: {path} is trained in full by all trees, and none keeps what it was, so that None has no value "
+                "there; give the plain tree in its place, or as base="
+            )
         return _of_values(nodes, next(iter(bases.values()), None), len(leaves))
     return of_nodes(path, nodes, len(leaves), bases[min(nodes)])
 
@@ -161,7 +166,7 @@ def _of_values(nodes: Mapping[int, Any], base: Any, count: int) -> Any:
 
 def _flags(there: Any) -> tuple[Any, ...]:
     there = np.asarray(there)
-    return () if there.all() else (jnp.asarray(there),)
+    return () if there.all() else (jnp.asarray(there, jnp.float32),)
 
 
 def unstack(stacked: Any) -> list[Any]:

@@ -58,7 +58,8 @@ class StackedParam(AdaptedParam):
       of: the variant.
       members: for each adapter what it has of its own; None for one that has nothing here.
       scales: of the adapters, an array of shape (adapters,), or () where they are all the same.
-      present: which adapters have something here, of shape (batch..., adapters), or () where all have.
+      present: 1 for adapters that have something here and 0 for others, of shape (batch..., adapters); () where all
+        have.
     """
 
     of: ClassVar[type[AdaptedParam]]
@@ -235,7 +236,7 @@ def member(node: Any, pick: Callable[[Any, int], Any], number: Any = None, *, is
 
 def _present(node: Any, pick: Callable[[Any, int], Any], number: Any) -> Any:
     """Whether the adapter has something here, of shape (batch...) or (); None: it has."""
-    there = pick(node.present[0], place_of(node, "batch adapters")) if node.present else None
+    there = pick(node.present[0], place_of(node, "batch adapters")) > 0 if node.present else None
     if number is None:
         return there
     return number >= 0 if there is None else there & (number >= 0)

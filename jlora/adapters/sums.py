@@ -65,7 +65,7 @@ def _gain(node: Any, weights: jax.Array) -> Any:
 
 
 def _where_present(node: Any, gains: jax.Array) -> jax.Array:
-    there = jnp.moveaxis(node.present[0], -1, 0)
+    there = jnp.moveaxis(node.present[0], -1, 0) > 0
     return jnp.where(there.reshape(*there.shape, *[1] * (gains.ndim - there.ndim)), gains, 1)
 
 

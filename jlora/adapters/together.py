@@ -132,4 +132,4 @@ class _Within(NamedTuple):
         batch = getattr(getattr(self._some, "axes", None), "batch_axis", ())
         sizes = [len(self.every), *(self._some.shape[axis] for axis in batch[1:])] if batch else []
         there = there.reshape(-1, *[1] * max(len(batch) - 1, 0), self.count) if batch else there[0]
-        return (jnp.asarray(np.broadcast_to(there, (*sizes, self.count))),)
+        return (jnp.asarray(np.broadcast_to(there, (*sizes, self.count)), jnp.float32),)

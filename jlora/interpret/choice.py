@@ -46,9 +46,22 @@ def gathered(factor: Any, weights: Any, *, is_weighted: bool) -> Any:
     weights = weights.reshape(-1)
     at: Any = axis
     each = array.reshape(*array.shape[:at], weights.size, -1, *array.shape[at + 1 :])
-    number = jnp.argmax(weights != 0)
-    one = lax.dynamic_index_in_dim(each, number, at, keepdims=False)
-    if is_weighted:
-        by = weights[number].astype(one.dtype)
-        one = jnp.where(by == 0, jnp.zeros_like(one), one * by)
+    one = _summed(each, weights, at, is_weighted) if _is_explicit(each) else _taken(each, weights, at, is_weighted)
     return one if order is None else Laid(one, order)
+
+
+def _taken(each: jax.Array, weights: jax.Array, axis: int, is_weighted: bool) -> jax.Array:
+    number = jnp.argmax(weights != 0)
+    one = lax.dynamic_index_in_dim(each, number, axis, keepdims=False)
+    by = weights[number].astype(one.dtype)
+    return jnp.where(by == 0, jnp.zeros_like(one), one * by) if is_weighted else one
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def _summed(each: jax.Array, weights: jax.Array, axis: int, is_weighted: bool) -> jax.Array:
+    """The same as a product: on a mesh of explicit axes a gather must be told where its result lies."""
+    weights = (weights if is_weighted else weights != 0).astype(each.dtype)
+    return lax.dot_general(weights, each, (((0,), (axis,)), ((), ())), precision=lax.Precision.HIGHEST)
