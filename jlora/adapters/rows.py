@@ -56,12 +56,14 @@ class RowParam(AdaptedParam):
             return value.replace(rows=self.rows) if isinstance(value, Factored) else value
         a, b, scales = pair_of(node, value)
         count = len(node.members)
-        weights = jax.nn.one_hot(self.number, count) if scales is None else jax.nn.one_hot(self.number, count) * scales
+        # The scale acts on the ranks of the one row, not on the factors of all.
+        weights = jax.nn.one_hot(self.number, count) * (value.scale if scales is None else scales)
         weights = jnp.where(_is_one(self.number, count), weights, jnp.nan)
         own = [self._own(gain) for gain in value.factors[2:]]
         factors = (a, b, *own, weights.reshape(*[1] * self.ndim, -1))
         key = key if self.dropout else None
-        return value.replace(base=self.base, factors=factors, roles=(*value.roles, "weights"), key=key, rows=self.rows)
+        told = {"roles": (*value.roles, "weights"), "scale": 1.0, "key": key, "rows": self.rows}
+        return value.replace(base=self.base, factors=factors, **told)
 
     def _own(self, gains: Any) -> jax.Array:
         """The gain of the row's adapter, of those of all."""

@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jlora.adapters.apart import count_of, own
 from jlora.adapters.stacked import OWN, Member, StackedParam, stacked_class
 from jlora.adapters.together import of_nodes
-from jlora.interpret.compat import is_traced
+from jlora.adapters.trees import are_same
 from jlora.nodes.checks import check_whole
 from jlora.nodes.node import TrainableParam, is_node, is_unit
 from jlora.targets.paths import flatten_named
@@ -103,7 +102,7 @@ def _check_same(path: str, bases: Mapping[int, Any]) -> None:
     """Refuses bases that are not one."""
     (first, base), *others = bases.items() if bases else [(0, None)]
     for i, other in others:
-        if not _are_same(base, other):
+        if not are_same(base, other):
             raise ValueError(
                 f"stack: {path} is not the same in {_tree(first)} and {_tree(i)}: they stand on different bases, or "
                 "copies that are traced and can't be compared (give all trees the very same arrays then, as by "
@@ -113,21 +112,6 @@ def _check_same(path: str, bases: Mapping[int, Any]) -> None:
 
 def _tree(number: int) -> str:
     return "base" if number < 0 else f"tree {number}"
-
-
-def _are_same(x: Any, y: Any) -> bool:
-    (xs, structure), (ys, other) = map(jax.tree.flatten, (x, y))
-    return structure == other and all(map(_is_same, xs, ys))
-
-
-def _is_same(x: Any, y: Any) -> bool:
-    if x is y:
-        return True
-    if x.shape != y.shape or x.dtype != y.dtype or is_traced(x) or is_traced(y):
-        return False
-    if any(isinstance(v, jax.ShapeDtypeStruct) for v in (x, y)):
-        return isinstance(x, jax.ShapeDtypeStruct) and isinstance(y, jax.ShapeDtypeStruct)
-    return bool(jnp.all((x == y) | ((x != x) & (y != y))))
 
 
 def _check_alike(path: str, nodes: Mapping[int, Any]) -> None:

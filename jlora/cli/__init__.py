@@ -1,4 +1,4 @@
-"""The command line, ``jlora``: look at adapters, merge, convert and compare them; read other tools' settings.
+"""The command line, ``jlora``: look at adapters, merge, convert, compare and combine them; read other tools' settings.
 
 Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`), 2 not done: the message says why.
 """
@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jlora.cli import convert, diff, doctor, inspect, merge, spec
+from jlora.cli import blend, convert, diff, doctor, inspect, merge, spec
 
-COMMANDS = (inspect, merge, convert, diff, spec, doctor)
+COMMANDS = (inspect, merge, convert, diff, blend, spec, doctor)
 
-ABOUT = "Look at LoRA adapters, merge, convert and compare them; read other tools' settings."
+ABOUT = "Look at LoRA adapters, merge, convert, compare and combine them; read other tools' settings."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

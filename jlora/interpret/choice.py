@@ -58,7 +58,7 @@ def _taken(each: jax.Array, weights: jax.Array, axis: int, is_weighted: bool) ->
 
 
 def _is_explicit(x: jax.Array) -> bool:
-    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+    return any(mesh.explicit_axes for mesh in (jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()))
 
 
 def _summed(each: jax.Array, weights: jax.Array, axis: int, is_weighted: bool) -> jax.Array:

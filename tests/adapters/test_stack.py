@@ -48,7 +48,7 @@ def test_mix_is_the_sum_of_the_updates(name):
     stacked = adapters.stack(trees)
     weights = jnp.asarray([0.5, -1.5, 2.0, 7.0])
     if name in WITHOUT_SUMS:
-        with pytest.raises(ValueError, match="mix: .*kernel has adapters of B?[oO]ftParam, .*; select takes one"):
+        with pytest.raises(ValueError, match=r"mix: .*kernel has adapters of B?[oO]ftParam, .*; select takes one"):
             adapters.mix(stacked, weights)
         return
     found = jlora.merge(jax.jit(adapters.mix)(stacked, weights))
@@ -105,7 +105,7 @@ def test_a_leaf_that_all_train_in_full_has_no_base_but_the_given_one():
     assert np.isnan(adapters.select(adapters.stack(trees), -1)["head"]["bias"]).all()
     mixed = adapters.mix(adapters.stack(trees), jnp.asarray([0.25, 0.75]))["head"]["bias"].base
     assert error(mixed, PARAMS["head"]["bias"]) < 1e-6
-    with pytest.raises(ValueError, match="head/bias is trained in full by all trees, .* None has no value there"):
+    with pytest.raises(ValueError, match=r"head/bias is trained in full by all trees, .* None has no value there"):
         adapters.stack([*trees, None])
     known = adapters.stack([*trees, None], base=PARAMS)
     assert adapters.unstack(known)[2]["head"]["bias"] is PARAMS["head"]["bias"]
@@ -144,7 +144,7 @@ def test_a_stacked_tree_is_a_wrapped_tree():
 def test_one_call_takes_one_adapter():
     stacked = adapters.stack(family(PARAMS, "lora"))
     for call in (lambda: run(stacked, X), lambda: jlora.merge(stacked)):
-        with pytest.raises(ValueError, match="holds 4 adapters on one base.*select.*mix.*batched.*vmap"):
+        with pytest.raises(ValueError, match=r"holds 4 adapters on one base.*select.*mix.*batched.*vmap"):
             call()
 
 
@@ -154,7 +154,7 @@ def test_trees_that_do_not_go_together():
         adapters.stack([one, other])
     with pytest.raises(ValueError, match="LoraParam in tree 0 and DoraParam in tree 2"):
         adapters.stack([one, None, adapter(PARAMS, 0, rank=2, variant="dora")])
-    with pytest.raises(ValueError, match="lokr_c of .*kernel has shapes .*differ in more than the rank"):
+    with pytest.raises(ValueError, match=r"lokr_c of .*kernel has shapes .*differ in more than the rank"):
         lokr = [adapter(PARAMS, 0, rank=2, variant="lokr", options={"factor": n}) for n in (2, 4)]
         adapters.stack(lokr)
     with pytest.raises(ValueError, match="size=4 in tree 0 and 2 in tree 1"):
@@ -178,7 +178,7 @@ def test_numbers_and_weights_that_are_none():
     stacked = adapters.stack(family(PARAMS, "lora"))
     with pytest.raises(IndexError, match="holds adapters 0 to 3, and -1 is the base; found 4"):
         adapters.select(stacked, 4)
-    with pytest.raises(TypeError, match="i is the number of an adapter, found 1.5"):
+    with pytest.raises(TypeError, match=r"i is the number of an adapter, found 1.5"):
         adapters.select(stacked, 1.5)
     with pytest.raises(ValueError, match=r"weights have shape \(3,\); this tree holds 4 adapters"):
         adapters.mix(stacked, jnp.ones(3))

@@ -324,7 +324,7 @@ def test_errors_are_one_line_without_a_traceback(home, arguments, message, capsy
     assert captured.err.count("\n") == 1 and not (home / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "convert", "diff", "spec", "doctor"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "convert", "diff", "blend", "spec", "doctor"])
 def test_help_tells_each_command(command, capsys):
     with pytest.raises(SystemExit) as ended:
         parser().parse_args([command, "--help"])
