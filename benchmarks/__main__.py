@@ -10,7 +10,7 @@ import importlib.util
 import subprocess
 import sys
 
-ALL = ("residuals", "temporaries", "tpu_cycles", "fused_kernel", "step_time", "tracing", "merge")
+ALL = ("residuals", "temporaries", "tpu_cycles", "fused_kernel", "step_time", "tracing", "merge", "adapters")
 NEEDS = {"tpu_cycles": "libtpu", "fused_kernel": "libtpu"}
 
 
