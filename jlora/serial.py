@@ -15,7 +15,6 @@ from typing import Any
 import jax.export
 from flax import serialization
 
-from jlora.adapters.stacked import STACKED
 from jlora.checkpoint.about import CLASSES
 from jlora.nodes.axes import Axes, of_use
 from jlora.nodes.fields import leaf_fields
@@ -118,5 +117,5 @@ def _from_state(node: Any, state: dict[str, Any]) -> Any:
 @functools.cache
 def register_all() -> None:
     """Registers the classes of jlora."""
-    for cls in dict.fromkeys((*CLASSES, *STACKED)):
+    for cls in dict.fromkeys(CLASSES):
         register(cls)

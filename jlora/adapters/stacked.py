@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.checkpoint.about import CLASSES
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import GROUPS, frozen, leaf_fields, static, trained
 from jlora.nodes.node import AdaptedParam, TrainableParam, with_linear
@@ -289,4 +290,4 @@ def _bad(x: Any, number: Any, count: int) -> Any:
     return x if number is None else jnp.where((number >= -1) & (number < count), x, jnp.nan)
 
 
-STACKED = tuple(map(stacked_class, (*VARIANTS.values(), Ia3InParam, LoraBiasParam, TokensParam, TrainableParam)))
+CLASSES.extend(map(stacked_class, (*VARIANTS.values(), Ia3InParam, LoraBiasParam, TokensParam, TrainableParam)))

@@ -18,7 +18,8 @@ from jlora.variants.bias import LoraBiasParam
 from jlora.variants.ia3 import Ia3InParam
 from jlora.variants.tokens import TokensParam
 
-CLASSES = (*VARIANTS.values(), Ia3InParam, TrainableParam, LoraBiasParam, TokensParam)
+# Those of jlora; `jlora.adapters` adds its own.
+CLASSES: list[type[AdaptedParam]] = [*VARIANTS.values(), Ia3InParam, TrainableParam, LoraBiasParam, TokensParam]
 
 
 def about(node: AdaptedParam) -> dict[str, Any]:

@@ -12,6 +12,7 @@ jlora convert kohya.safetensors out --to peft --base unet_directory
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jlora.peft.collect import Collected
 from jlora.peft.diffusion import DIFFUSERS, KOHYA
 from jlora.peft.foreign import MLX
 from jlora.peft.models import files_of, nested
+from jlora.peft.names import HEAD
 from jlora.peft.place import place
 from jlora.peft.portable import portable
 from jlora.peft.remote import adapter_at, model_at
@@ -72,6 +74,8 @@ def run(given: argparse.Namespace) -> int:
     collected = adapter_of(source, checked_names(given.names), component=given.component, base=named)
     if tool in FOREIGN and given.to != "orbax":
         check_foreign(source, tool, collected, named)
+    if collected.adapter.config:  # a file tells of no other modules: its model may have a head of its own
+        collected = dataclasses.replace(collected, known={**collected.known, HEAD: True})
     if given.to == "orbax":
         _to_orbax(given, collected, base)
     else:

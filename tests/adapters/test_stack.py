@@ -1,10 +1,13 @@
 """Adapters on one base as one tree: nothing is lost on the way there and back, and one of them is what it was."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 
 import jlora
 from jlora import adapters
@@ -139,6 +142,16 @@ def test_a_stacked_tree_is_a_wrapped_tree():
     after = optax.apply_updates(stacked, tx.update(grads, tx.init(stacked), stacked)[0])
     assert same_bits(jlora.unwrap(after), PARAMS)
     assert "4x lora" in str(jlora.summary(stacked))
+
+
+def test_files_keep_it(tmp_path):
+    """Orbax's checkpoints, Flax's state dicts, and pickles."""
+    stacked = adapters.stack(family(PARAMS, "dora"))
+    jlora.checkpoint.save(tmp_path / "several", stacked)
+    assert same_bits(jlora.checkpoint.load(tmp_path / "several", PARAMS), stacked)
+    blank = jax.tree.map(jnp.zeros_like, stacked)
+    assert same_bits(serialization.from_bytes(blank, serialization.to_bytes(stacked)), stacked)
+    assert same_bits(pickle.loads(pickle.dumps(stacked)), stacked)
 
 
 def test_one_call_takes_one_adapter():

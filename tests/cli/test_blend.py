@@ -153,6 +153,8 @@ def test_a_table_without_a_head_keeps_it_so(home):
     jlora.peft.save("table", table)
     assert blend("table", "table", "out", "--weights", 1, 2) == 0
     assert set(read("out").updates) == {"model.embed_tokens"}
+    assert main(["convert", "table", "again", "--to", "peft"]) == 0
+    assert set(read("again").updates) == {"model.embed_tokens"}
     tied = noisy(
         {"model": model()["model"]}, jlora.LoraSpec(targets="embed_tokens", rank=2, axes=axes_of("embed_tokens"))
     )
