@@ -9,17 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jlora.adapters.stacked import (
-    OWN,
-    Member,
-    StackedParam,
-    array_fields,
-    axis_of,
-    has_members,
-    layers_of,
-    member,
-    total_layers,
-)
+from jlora.adapters.dims import array_fields, axis_of, layers_of, total_layers
+from jlora.adapters.member import member
+from jlora.adapters.stacked import OWN, Member, StackedParam, has_members
 from jlora.nodes.fields import map_fields
 from jlora.nodes.node import TrainableParam
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from jlora.adapters.stacked import StackedParam, array_fields, place_of
+from jlora.adapters.dims import array_fields, place_of
+from jlora.adapters.stacked import StackedParam
 from jlora.nodes.node import is_unit
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.adapters.apart import count_of, own
-from jlora.adapters.stacked import StackedParam, member
+from jlora.adapters.member import member
+from jlora.adapters.stacked import StackedParam
 from jlora.adapters.sums import summed
 from jlora.interpret.compat import is_traced
 from jlora.nodes.node import is_unit

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jlora.adapters.axes import axes
-from jlora.adapters.stacked import StackedParam, place_of
+from jlora.adapters.dims import place_of
+from jlora.adapters.stacked import StackedParam
 from jlora.interpret.factored import Factored
 from jlora.interpret.laid import Laid, laid_out, order_of, stored
 from jlora.variants.dora import DoraParam

@@ -1,25 +1,20 @@
-"""The nodes of several adapters on one base: for each variant a class with its fields, which have an axis more.
-
-The axis of the adapters stands behind the base's batch axes, so that loops over layers slice it along, and the rank
-next to it, so that the ranks of all adapters are one axis without a copy.
-"""
+"""The nodes of several adapters on one base: for each variant a class with its fields, which have an axis more."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
+from jlora.adapters.dims import array_fields, labels_of, parts_of, rank_of, stacked_dims
+from jlora.adapters.member import member
 from jlora.checkpoint.about import CLASSES
 from jlora.nodes.axes import Axes
-from jlora.nodes.fields import GROUPS, frozen, leaf_fields, static, trained
-from jlora.nodes.node import AdaptedParam, TrainableParam, with_linear
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants import VARIANTS
 from jlora.variants.bias import LoraBiasParam
 from jlora.variants.ia3 import Ia3InParam
@@ -109,18 +104,13 @@ def has_members(node: StackedParam) -> bool:
 
 
 def _has_members(node: StackedParam, dims: str, x: Any) -> bool:
-    return len(x.shape) == (len(_labels(node, dims)) if dims else len(node.shape) + 1)
+    return len(x.shape) == (len(labels_of(node, dims)) if dims else len(node.shape) + 1)
 
 
 def _arrays(node: StackedParam) -> list[tuple[str, Any]]:
     """The arrays that have the axis, with their dims."""
     fields = array_fields(type(node))
-    return [pair for f in fields for pair in zip(*_parts(f, getattr(node, f.name)), strict=False)]
-
-
-def _parts(field: dataclasses.Field, value: Any) -> tuple[Sequence[str], Sequence[Any]]:
-    dims = field.metadata["dims"]
-    return (dims, value) if isinstance(value, tuple) else ((dims,), (value,))
+    return [pair for f in fields for pair in zip(*parts_of(f, getattr(node, f.name)), strict=False)]
 
 
 @functools.cache
@@ -155,139 +145,6 @@ def _with_members(field: dataclasses.Field) -> Any:
     return dataclasses.field(
         **given, **({"default": field.default} if field.default is not dataclasses.MISSING else {})
     )
-
-
-def stacked_dims(dims: str) -> str:
-    """The axes of a field of several adapters; of one that is like the base none are told, the adapters come first."""
-    words = dims.split()
-    first = [word for word in words if word == "batch"]
-    last = sorted((word for word in words if word != "batch"), key=lambda word: word != "rank")
-    return " ".join([*first, "adapters", *last]) if words else ""
-
-
-def _labels(node: Any, dims: str) -> list[Any]:
-    """A label for each axis of a field."""
-    axes = lambda word: getattr(node.axes, f"{word}_axis") if word in GROUPS else (0,)
-    return [(word, i) for word in dims.split() for i in range(len(axes(word)))]
-
-
-def place_of(node: Any, dims: str) -> int:
-    """Where the axis of the adapters is in a field of several, of these dims or of a variant's."""
-    words = dims.split()
-    return _labels(node, dims if "adapters" in words else stacked_dims(dims)).index(("adapters", 0)) if words else 0
-
-
-def stored_order(node: Any, dims: str) -> list[int]:
-    """The axes of a variant's field in the order in which several are stacked; empty: as they are."""
-    labels = _labels(node, dims)
-    return [labels.index(label) for label in _labels(node, stacked_dims(dims)) if label != ("adapters", 0)]
-
-
-def array_fields(cls: Any) -> list[dataclasses.Field]:
-    """The fields of a variant that hold arrays of an adapter."""
-    return [f for f in dataclasses.fields(cls) if f.name != "base" and not f.metadata.get("static")]
-
-
-def axis_of(node: Any, dims: str, word: str) -> int | None:
-    """Which axis of a variant's field has this name; None: it has none."""
-    labels = _labels(node, dims)
-    return labels.index((word, 0)) if (word, 0) in labels else None
-
-
-def rank_of(node: Any) -> int | None:
-    """The size of the axis called rank, of a variant's node; None: it has none."""
-    parts = [pair for f in array_fields(type(node)) for pair in zip(*_parts(f, getattr(node, f.name)), strict=False)]
-    return next((x.shape[axis] for dims, x in parts if (axis := axis_of(node, dims, "rank")) is not None), None)
-
-
-def total_layers(node: Any) -> tuple[int, ...]:
-    """The layers that are stacked on the first batch axis of a base; one where there is none."""
-    batch = getattr(getattr(node, "axes", None), "batch_axis", ())
-    return tuple(range(node.shape[batch[0]] if batch else 1))
-
-
-def layers_of(node: Any) -> tuple[int, ...]:
-    layers = getattr(node, "layers", None)
-    return total_layers(node) if layers is None else layers
-
-
-def member(node: Any, pick: Callable[[Any, int], Any], number: Any = None, *, is_own: bool = False) -> AdaptedParam:
-    """One of several adapters, with as many ranks and layers as all have.
-
-    Args:
-      node: of several adapters; or of one, where the axis is gone.
-      pick: (array, axis) -> the array without this axis.
-      number: which adapter, to be traced: -1 is none of them, and one that is not there gives NaN. None: the one left.
-      is_own: leave its arrays as they are, without what it has of its own.
-    """
-    on = _present(node, pick, number)
-    if node.of is TrainableParam:
-        return TrainableParam(_bad(_where(on, pick(node.value, 0), node.base), number, len(node.members)))
-    arrays = {f.name: _picked(node, f, pick) for f in array_fields(node.of)}
-    statics = {f.name: getattr(node, f.name) for f in dataclasses.fields(node.of) if f.metadata.get("static")}
-    made: Any = node.of(node.base, **arrays, **statics)  # type: ignore[call-arg]
-    if is_own:
-        return made
-    if node.scales:
-        made = times(dataclasses.replace(made, scale=1.0), pick(node.scales[0], 0))
-    if on is not None:
-        made = _neutral_unless(on, made)
-    return _finite_if_there(made, number, len(node.members))
-
-
-def _present(node: Any, pick: Callable[[Any, int], Any], number: Any) -> Any:
-    """Whether the adapter has something here, of shape (batch...) or (); None: it has."""
-    there = pick(node.present[0], place_of(node, "batch adapters")) > 0 if node.present else None
-    if number is None:
-        return there
-    return number >= 0 if there is None else there & (number >= 0)
-
-
-def _picked(node: Any, field: dataclasses.Field, pick: Callable[[Any, int], Any]) -> Any:
-    """A field of a variant of one adapter, of the field of several."""
-
-    def one(dims: str, x: Any) -> Any:
-        x = pick(x, place_of(node, dims))
-        order = stored_order(node, dims)
-        return lax.transpose(x, [order.index(i) for i in range(len(order))]) if order != sorted(order) else x
-
-    value, dims = getattr(node, field.name), field.metadata["dims"]
-    return tuple(map(one, dims, value)) if isinstance(value, tuple) else one(dims, value)
-
-
-def times(node: Any, by: Any) -> Any:
-    """A variant's node whose update is so many times as large: its fields of `LINEAR` are multiplied."""
-    if not type(node).LINEAR:
-        raise ValueError(
-            f"{type(node).__name__} does not say in which fields its update is linear (LINEAR), so that adapters of "
-            "different scales can't be chosen by a number that is traced: give them one scale"
-        )
-    return with_linear(node, lambda x: (x * by).astype(x.dtype))
-
-
-def _neutral_unless(on: Any, node: Any) -> Any:
-    """The node where the adapter is there, and one that changes nothing elsewhere."""
-    other = node.identity()
-    pick = lambda x, y: x if x is y else _where(on, x, y)
-    bare = lambda node: dataclasses.replace(node, base=None)
-    return dataclasses.replace(jax.tree.map(pick, bare(node), bare(other)), base=node.base)
-
-
-def _where(on: Any, x: Any, y: Any) -> Any:
-    """x or y, by a mask of their first axes."""
-    return x if on is None else jnp.where(on.reshape(*on.shape, *[1] * (x.ndim - on.ndim)), x, y)
-
-
-def _finite_if_there(node: Any, number: Any, count: int) -> Any:
-    if number is None:
-        return node
-    fields = [f.name for f in leaf_fields(node) if f.metadata["trained"]]
-    return dataclasses.replace(node, **{name: _bad(getattr(node, name), number, count) for name in fields})
-
-
-def _bad(x: Any, number: Any, count: int) -> Any:
-    """x, or NaN if there is no adapter of this number."""
-    return x if number is None else jnp.where((number >= -1) & (number < count), x, jnp.nan)
 
 
 CLASSES.extend(map(stacked_class, (*VARIANTS.values(), Ia3InParam, LoraBiasParam, TokensParam, TrainableParam)))

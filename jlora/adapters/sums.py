@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.adapters.dims import place_of
 from jlora.adapters.sides import each, in_order, pair_of
-from jlora.adapters.stacked import SEVERAL, place_of
+from jlora.adapters.stacked import SEVERAL
 from jlora.interpret.factored import Factored
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants.bias import LoraBiasParam

@@ -11,18 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jlora.adapters.stacked import (
-    SEVERAL,
-    Member,
-    array_fields,
-    axis_of,
-    layers_of,
-    place_of,
-    rank_of,
-    stacked_class,
-    stored_order,
-    total_layers,
-)
+from jlora.adapters.dims import array_fields, axis_of, layers_of, place_of, rank_of, stored_order, total_layers
+from jlora.adapters.stacked import SEVERAL, Member, stacked_class
 
 
 def of_nodes(path: str, nodes: Mapping[int, Any], count: int, base: Any) -> Any:
