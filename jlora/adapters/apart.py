@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -45,6 +46,8 @@ def own(leaf: Any, number: int) -> Any:
     parts = iter(told.parts)
     values = {f.name: getattr(cut, f.name) for f in array_fields(leaf.of)}
     values = {name: x[: next(parts)] if isinstance(x, tuple) else x for name, x in values.items()}
+    types = iter(told.types)
+    values = jax.tree.map(lambda x: x.astype(next(types)), values)
     return dataclasses.replace(node, base=leaf.base, **values, **statics)
 
 

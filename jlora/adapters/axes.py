@@ -16,10 +16,14 @@ def axes(tree: Any) -> Any:
     """For each leaf the axis of the adapters, None where it has none: ``in_axes`` and ``out_axes`` of `jax.vmap`.
 
     `jax.vmap` over them gives each call the wrapped tree of one adapter, which `jlora.apply`, `jlora.merge` take. The
-    bases are the same for all calls, so their products are computed at once.
+    bases are the same for all calls, so their products are computed at once. The axis is the first, but behind those of
+    scanned layers and of experts: a 0 in its place would take these apart.
 
     Args:
       tree: that `stack` returned, or half of its `jlora.partition`.
+
+    Raises:
+      TypeError: if the tree does not hold several adapters.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -30,6 +34,8 @@ def axes(tree: Any) -> Any:
       >>> jax.vmap(call, in_axes=(jlora.adapters.axes(stacked), 0))(stacked, jnp.ones((3, 5, 4))).shape
       (3, 5, 3)
     """
+    if not any(isinstance(x, StackedParam) for x in jax.tree.leaves(tree, is_leaf=is_unit)):
+        raise TypeError("axes takes a tree of several adapters, as jlora.adapters.stack returns it, or a half of it")
     is_none = lambda x: x is None or is_unit(x)
     return jax.tree.map(lambda x: _axes(x) if isinstance(x, StackedParam) else None, tree, is_leaf=is_none)
 

@@ -18,8 +18,9 @@ from jlora.adapters.dims import rank_of
 from jlora.adapters.room import blank, inserted, of_rank, second, with_room
 from jlora.adapters.stack import stack
 from jlora.adapters.stacked import StackedParam
+from jlora.adapters.trees import are_same
 from jlora.interpret.sites import Site
-from jlora.nodes.node import is_node, is_unit
+from jlora.nodes.node import TrainableParam, is_node, is_unit
 from jlora.spec import LoraSpec
 from jlora.targets.paths import flatten_named
 from jlora.tree import has_nodes
@@ -45,6 +46,7 @@ class Pool:
 
     Attributes:
       tree: of all adapters now, for `jlora.adapters.batched`; `take` gives it with the numbers that go with it.
+      base, capacity, rank: as given.
 
     Raises:
       ValueError: if capacity or rank is less than one, or as `jlora.wrap` does.
@@ -92,7 +94,7 @@ class Pool:
         return self._tree
 
     def put(self, name: str, adapter: Any, **settings: Any) -> None:
-        """Takes an adapter in, or another one under the same name.
+        """Takes an adapter in, or another one under the same name; it counts as used now.
 
         Args:
           name: by which it is asked for.
@@ -105,7 +107,10 @@ class Pool:
         """
         if not isinstance(name, str):
             raise TypeError(f"Pool.put: the name of an adapter is a string, found {name!r}")
-        tree = peft.load(adapter, self.base, **settings) if isinstance(adapter, (str, Path)) else adapter
+        is_file = isinstance(adapter, (str, Path))
+        if settings and not is_file:
+            raise TypeError(f"Pool.put: {', '.join(settings)} is for files, and {name!r} is a tree")
+        tree = peft.load(adapter, self.base, **settings) if is_file else adapter
         arrays = self._fitted(name, tree)
         with self._lock:
             slot = self._slots[name] if name in self._slots else self._free()
@@ -126,7 +131,8 @@ class Pool:
     def ids(self, names: Iterable[str | None]) -> jax.Array:
         """The numbers of adapters in the tree as it is now, for `jlora.adapters.batched`; None is the base.
 
-        Where other threads put adapters in, `take` gives the numbers with the tree that they belong to.
+        They count as used now. Where other threads put adapters in, `take` gives the numbers with the tree that they
+        belong to.
 
         Raises:
           KeyError: if there is none of a name.
@@ -139,6 +145,8 @@ class Pool:
         Raises:
           KeyError: if there is none of a name.
         """
+        if isinstance(names, str):
+            raise TypeError(f"Pool: names are a list, one for each row of a batch, found the string {names!r}")
         with self._lock:
             names = list(names)
             numbers = [-1 if name is None else self._number(name) for name in names]
@@ -153,6 +161,9 @@ class Pool:
         with self._lock:
             return iter(list(self._slots))
 
+    def __repr__(self) -> str:
+        return f"Pool({', '.join(map(repr, self))}; {len(self)} of {self.capacity}, rank {self.rank})"
+
     def __len__(self) -> int:
         return len(self._slots)
 
@@ -162,7 +173,7 @@ class Pool:
     def _number(self, name: str) -> int:
         if name not in self._slots:
             known = ", ".join(map(repr, self._slots)) or "nothing"
-            raise KeyError(f"Pool: there is no adapter {name!r}; it holds {known}. Put it in first")
+            raise KeyError(f"Pool: there is no adapter {name!r}; it holds {known}")
         return self._slots[name]
 
     def _free(self) -> int:
@@ -186,8 +197,14 @@ class Pool:
 
     def _checked(self, name: str, path: str, leaf: Any, room: Any) -> Any:
         """A leaf of an adapter, which has room here."""
+        base = room.base if is_node(room) and not isinstance(room, TrainableParam) else room
+        own = leaf.base if is_node(leaf) else leaf
+        if not isinstance(room, TrainableParam) and not isinstance(leaf, TrainableParam) and not are_same(base, own):
+            raise ValueError(f"Pool.put: {name!r} stands on another base than this pool's, as at {path}")
         if not is_node(leaf):
             return leaf
+        if isinstance(leaf, StackedParam):
+            raise ValueError(f"Pool.put: {name!r} is no single adapter: {leaf.advice()}")
         if not is_node(room):
             raise ValueError(
                 f"Pool.put: {name!r} adapts {path}, for which there is no room; say so when the pool is made, as in "
@@ -196,6 +213,12 @@ class Pool:
         if getattr(leaf, "start", ()):
             lora_a, lora_b = from_start(leaf)
             leaf = dataclasses.replace(leaf, lora_a=lora_a, lora_b=lora_b, start=())
+        if type(leaf) is not type(room):
+            raise ValueError(
+                f"Pool.put: {name!r} has a {type(leaf).__name__} at {path}, and there is room for a "
+                f"{type(room).__name__}: make the pool with Pool(..., spec=jlora.LoraSpec(variant=...)), or plain LoRA "
+                "of the adapter, by jlora.to_plain_lora(tree) or jlora.peft.low_rank(tree, rank)"
+            )
         rank, most = rank_of(leaf) or 0, rank_of(room) or 0
         if rank > most:
             raise ValueError(

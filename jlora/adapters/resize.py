@@ -72,6 +72,7 @@ def resize(tree: Any, rank: int) -> Any:
 def _resized(path: str, leaf: Any, rank: int, makers: Makers) -> Any:
     if not is_node(leaf) or isinstance(leaf, (TrainableParam, LoraBiasParam, TokensParam)):
         return leaf
+    leaf.resolved()  # refuses what holds several adapters
     if not isinstance(leaf, (LoraParam, DoraParam)):
         raise TypeError(
             f"{NAME}: {path} is a {type(leaf).__name__}, not LoRA or DoRA; jlora.to_plain_lora(tree) makes LoRA of "

@@ -15,6 +15,7 @@ from jlora.adapters.apart import count_of
 from jlora.adapters.choose import at
 from jlora.adapters.sides import each, pair_of
 from jlora.adapters.stacked import StackedParam
+from jlora.adapters.where import check_rows, is_none, spread, with_row, without_row
 from jlora.apply import FALLBACKS, Settings, applied
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
@@ -100,13 +101,15 @@ def batched(
       rng, fallback, train: as in `jlora.apply`; each row has dropout of its own.
 
     Returns:
-      A function of (stacked, ids, *args): a tree of `stack`, the numbers of the adapters, of shape (rows,), -1 for the
-      base, and the arguments of `fn`. The ids may be traced; a number of no adapter gives NaN. To use under `jax.jit`.
+      A function of (stacked, ids, *args): a tree of `stack`, or a larger one that has it in, such as ``{"params":
+      stacked}``; the numbers of the adapters, of shape (rows,), -1 for the base; and the arguments of `fn`. The ids may
+      be traced: a number of no adapter gives NaN then. To use under `jax.jit`.
 
     Raises:
       ValueError: when called, if an id is no adapter's, or the rows are not as many as the ids, or `fn` does not
         return batches of one row.
-      TypeError: when called, if the tree does not hold several adapters, or the ids are no whole numbers.
+      TypeError: when called, if the tree does not hold several adapters, the ids are no whole numbers, or there are
+        keyword arguments.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -141,7 +144,13 @@ class Batched:
     train: Names
     run: Runner
 
-    def __call__(self, stacked: Any, ids: Any, *args: Any) -> Any:
+    def __call__(self, stacked: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            name = next(iter(kwargs))
+            raise TypeError(
+                f"batched takes no keyword arguments, found {name}; give it to the function, as in batched(lambda "
+                f"params, x: fn(params, x, {name}=...))"
+            )
         ids = _checked(ids, count_of("batched", jax.tree.leaves(stacked, is_leaf=is_unit)))
         tree = _stopped(stacked, self.train)
         own = lambda number: jax.tree.map(lambda leaf: _of_row(leaf, number, len(ids)), tree, is_leaf=is_unit)
@@ -159,12 +168,12 @@ class Batched:
     def _by_row(self, own: Callable[[Any], Any], ids: Any, args: tuple[Any, ...]) -> Any:
         """The function of each row's tree and arguments."""
         axes = self._axes_of(args)
-        _check_rows(args, axes, len(ids))
+        check_rows(args, axes, len(ids))
         keys = None if self.rng is None else jax.random.split(self.rng, len(ids))
 
         def row(number: Any, key: Any, *args: Any) -> Any:
-            one = jax.tree.map(_with_row, axes, args, is_leaf=_is_none)
-            return _without_row(self.run(self.fn, key)(own(number), *one), self.out_axes)
+            one = jax.tree.map(with_row, axes, args, is_leaf=is_none)
+            return without_row(self.run(self.fn, key)(own(number), *one), self.out_axes)
 
         in_axes = (0, None if keys is None else 0, *axes)
         return jax.vmap(row, in_axes=in_axes, out_axes=self.out_axes)(ids, keys, *args)
@@ -174,19 +183,10 @@ class Batched:
         given = tuple(self.in_axes) if isinstance(self.in_axes, (tuple, list)) else (self.in_axes,) * len(args)
         if len(given) != len(args):
             raise ValueError(
-                f"batched: in_axes has {len(given)} entries, and there are {len(args)} arguments behind the ids"
+                f"batched: in_axes has {len(given)} entries, one for each argument behind the tree and the ids; found "
+                f"{len(args)} such arguments"
             )
-        return tuple(map(_spread, given, args))
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
-def _spread(axes: Any, tree: Any) -> Any:
-    """The axes of a prefix of a tree, for each of its leaves."""
-    spread = lambda axis, part: jax.tree.map(lambda _: axis, part)
-    return jax.tree.map(spread, axes, tree, is_leaf=_is_none)
+        return tuple(spread("in_axes", axes, arg) for axes, arg in zip(given, args, strict=True))
 
 
 def _of_row(leaf: Any, number: Any, rows: int) -> Any:
@@ -195,30 +195,15 @@ def _of_row(leaf: Any, number: Any, rows: int) -> Any:
     return RowParam(leaf.base, dataclasses.replace(leaf, base=()), number, rows)  # type: ignore[type-var]
 
 
-def _with_row(axis: Any, x: Any) -> Any:
-    return x if axis is None else jnp.expand_dims(x, axis)
-
-
-def _without_row(outputs: Any, axes: Any) -> Any:
-    """The results without the axis of the one row."""
-
-    def squeezed(axis: Any, x: Any) -> Any:
-        if axis is None:
-            return x
-        shape = jnp.shape(x)
-        if not -len(shape) <= axis < len(shape) or shape[axis] != 1:
-            raise ValueError(
-                f"batched: the function sees batches of one row, and returns an array of shape {shape} for one, which "
-                f"has no axis {axis} of size 1; out_axes tells where the rows are, None where there are none"
-            )
-        return jnp.squeeze(x, axis)
-
-    return jax.tree.map(squeezed, _spread(axes, outputs), outputs, is_leaf=_is_none)
-
-
 def _checked(ids: Any, count: int) -> jax.Array:
     """The ids as an array of whole numbers."""
-    ids = ids if is_traced(ids) else jnp.asarray(ids)
+    ids = ids if is_traced(ids) else np.asarray(ids)
+    if ids.dtype.kind in "UO":
+        raise TypeError(
+            f"batched: ids are the numbers of adapters, found {ids.tolist()[:3]}; a jlora.adapters.Pool knows them by "
+            "name: tree, ids = pool.take(names)"
+        )
+    ids = jnp.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
             f"batched: ids are whole numbers of shape (rows,), one for each row, found {ids.dtype} of shape {ids.shape}"
@@ -226,18 +211,6 @@ def _checked(ids: Any, count: int) -> jax.Array:
     if not is_traced(ids) and (outside := [int(i) for i in np.asarray(ids) if not -1 <= i < count]):
         raise ValueError(f"batched: ids are of 0 to {count - 1}, and -1 for the base; found {outside[0]}")
     return ids
-
-
-def _check_rows(args: tuple[Any, ...], axes: tuple[Any, ...], rows: int) -> None:
-    def check(axis: Any, x: Any) -> None:
-        shape = jnp.shape(x)
-        if axis is not None and not (-len(shape) <= axis < len(shape) and shape[axis] == rows):
-            raise ValueError(
-                f"batched: there are {rows} ids, and an argument of shape {shape} has not as many rows on its axis "
-                f"{axis}; in_axes tells where they are, None where all rows share an argument"
-            )
-
-    jax.tree.map(check, axes, args, is_leaf=_is_none)
 
 
 def _stopped(tree: Any, train: Names) -> Any:

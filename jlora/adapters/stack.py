@@ -52,6 +52,8 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
       >>> jlora.adapters.select(stacked, 0)["kernel"].rank
       1
     """
+    if not isinstance(trees, (list, tuple)):
+        raise TypeError(f"stack takes a list of trees, found a {type(trees).__name__}")
     given = [tree for tree in trees if tree is not None]
     named = [flatten_named("stack", tree, is_unit) for tree in given]
     _check_trees(trees, named)
@@ -120,7 +122,11 @@ def _check_alike(path: str, nodes: Mapping[int, Any]) -> None:
     for i, other in others:
         if type(node) is not type(other):
             kinds = f"{type(node).__name__} in tree {first} and {type(other).__name__} in tree {i}"
-            raise ValueError(f"stack: {path} has {kinds}; adapters of one kernel are of one kind")
+            raise ValueError(
+                f"stack: {path} has {kinds}; adapters of one kernel are of one kind. Stack each "
+                "kind by itself, or make plain LoRA of them: jlora.to_plain_lora(tree), or jlora.peft.low_rank(tree, "
+                "rank)"
+            )
         for name, x, y in _statics(node, other):
             if x != y:
                 raise ValueError(

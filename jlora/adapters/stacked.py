@@ -8,6 +8,7 @@ import sys
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jlora.adapters.dims import array_fields, labels_of, parts_of, rank_of, stacked_dims
 from jlora.adapters.member import member
@@ -31,6 +32,7 @@ class Member(NamedTuple):
       rank: None where its class has none.
       scale, dropout, layers: None where its class has no such setting.
       parts: of each field that holds a tuple, how many arrays.
+      types: of its arrays, by name, in the order of the fields.
     """
 
     rank: int | None = None
@@ -38,13 +40,16 @@ class Member(NamedTuple):
     dropout: float | None = None
     layers: tuple[int, ...] | None = None
     parts: tuple[int, ...] = ()
+    types: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, node: Any) -> Member:
         """That of an adapter's node."""
         own = {name: getattr(node, name, None) for name in OWN}
-        parts = tuple(len(x) for f in array_fields(type(node)) if isinstance(x := getattr(node, f.name), tuple))
-        return cls(rank_of(node), **own, parts=parts)
+        values = [getattr(node, f.name) for f in array_fields(type(node))]
+        parts = tuple(len(value) for value in values if isinstance(value, tuple))
+        types = tuple(jnp.dtype(x.dtype).name for x in jax.tree.leaves(values))
+        return cls(rank_of(node), **own, parts=parts, types=types)
 
 
 class StackedParam(AdaptedParam):
@@ -76,12 +81,15 @@ class StackedParam(AdaptedParam):
     def resolved(self) -> AdaptedParam:
         """The node of the one adapter that is left where `jax.vmap` takes the others away."""
         if has_members(self):
-            raise ValueError(
-                f"this tree holds {len(self.members)} adapters on one base (jlora.adapters.stack): take one with "
-                "jlora.adapters.select(tree, i), their sum with mix(tree, weights), one for each row of a batch with "
-                "batched(fn)(tree, ids, x), or one for each call of jax.vmap over jlora.adapters.axes(tree)"
-            )
+            raise ValueError(self.advice())
         return member(self, lambda x, _: x)
+
+    def advice(self) -> str:
+        return (
+            f"this tree holds {len(self.members)} adapters on one base (jlora.adapters.stack): take one with "
+            "jlora.adapters.select(tree, i), their sum with mix(tree, weights), one for each row of a batch with "
+            "batched(fn)(tree, ids, x), or one for each call of jax.vmap over jlora.adapters.axes(tree)"
+        )
 
     def effective(self, name: str, key: jax.Array | None) -> Any:
         return self.resolved().effective(name, key)
@@ -104,7 +112,23 @@ def has_members(node: StackedParam) -> bool:
 
 
 def _has_members(node: StackedParam, dims: str, x: Any) -> bool:
-    return len(x.shape) == (len(labels_of(node, dims)) if dims else len(node.shape) + 1)
+    whole = len(labels_of(node, dims)) if dims else len(node.shape) + 1
+    if len(x.shape) not in (whole, whole - 1) or not _is_batch(node, dims, x.shape, len(x.shape) == whole):
+        raise ValueError(
+            f"an array of this tree of several adapters has shape {tuple(x.shape)} here, beside a base of shape "
+            f"{tuple(node.shape)}: jax.vmap took another axis than that of the adapters, which stands behind those of "
+            "scanned layers and experts. Give it in_axes=jlora.adapters.axes(tree), and out_axes likewise"
+        )
+    return len(x.shape) == whole
+
+
+def _is_batch(node: Any, dims: str, shape: tuple[int, ...], is_whole: bool) -> bool:
+    """Whether an array has the base's batch axes first."""
+    if not dims.startswith("batch"):
+        return True
+    sizes = [node.shape[axis] for axis in node.axes.batch_axis]
+    sizes[:1] = [len(node.layers)] if sizes and node.layers is not None else sizes[:1]
+    return list(shape[: len(sizes)]) == sizes and (not is_whole or shape[len(sizes)] == len(node.members))
 
 
 def _arrays(node: StackedParam) -> list[tuple[str, Any]]:

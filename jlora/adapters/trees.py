@@ -26,6 +26,11 @@ def aligned(where: str, trees: Sequence[Any]) -> tuple[list[str], list[tuple[Any
       TypeError: if a tree is not wrapped.
       ValueError: if there is none, or their bases differ in a path, a shape or a kernel's axes.
     """
+    if not isinstance(trees, (list, tuple)):
+        raise TypeError(
+            f"{where} takes a list of wrapped trees, found a {type(trees).__name__}; of a tree that holds several "
+            "adapters jlora.adapters.unstack(tree) makes one"
+        )
     if not trees:
         raise ValueError(f"{where}: expected at least one wrapped tree, found none")
     for number, tree in enumerate(trees):
@@ -94,6 +99,7 @@ def updates_of(where: str, path: str, leaves: Sequence[Any]) -> dict[int, LoraPa
     """
     nodes = {number: leaf for number, leaf in enumerate(leaves) if is_node(leaf)}
     for number, node in nodes.items():
+        node.resolved()  # refuses what holds several adapters
         if not isinstance(node, LoraParam):
             raise TypeError(f"{where}: {path} of tree {number} is a {type(node).__name__}: {_reason(node)}")
         check_fit(where, path, node)

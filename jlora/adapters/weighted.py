@@ -102,11 +102,12 @@ def weighted(
       Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch" (DARE),
       arXiv:2311.03099.
     """
-    trees, recipe = list(trees), Recipe(method, density, majority_sign_method, svd_rank)
-    recipe.check(NAME, len(trees))
+    recipe = Recipe(method, density, majority_sign_method, svd_rank)
+    if isinstance(trees, (list, tuple)):
+        recipe.check(NAME, len(trees))
+    paths, columns, treedef = aligned(NAME, trees)
     weights = checked_weights(NAME, weights, len(trees))
     root = _root(recipe, key)
-    paths, columns, treedef = aligned(NAME, trees)
     updates = {path: updates_of(NAME, path, column) for path, column in zip(paths, columns, strict=True)}
     rank = svd_rank or max(_rank(node) for nodes in updates.values() for node in nodes.values())
     makers = Makers()

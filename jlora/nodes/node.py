@@ -133,10 +133,15 @@ class AdaptedParam(abc.ABC):
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise NotAnArrayError(
-            f"a {type(self).__name__} of shape {tuple(self.shape)} was used as an array: this function was given a "
-            "tree that jlora.wrap has wrapped. Call it through jlora.apply, as in jlora.apply(model.apply)(variables, "
-            "x), or fold the adapters first with jlora.merge(params); an nnx.Module to be called is what "
-            "jlora.nnx.wrap(model, spec) returns"
+            f"a {type(self).__name__} of shape {tuple(self.shape)} was used as an array: {self.advice()}"
+        )
+
+    def advice(self) -> str:
+        """What to do where a function was given the node in place of an array."""
+        return (
+            "this function was given a tree that jlora.wrap has wrapped. Call it through jlora.apply, as in "
+            "jlora.apply(model.apply)(variables, x), or fold the adapters first with jlora.merge(params); an "
+            "nnx.Module to be called is what jlora.nnx.wrap(model, spec) returns"
         )
 
     __jax_array__ = __array__ = __getitem__ = __iter__ = _refuse

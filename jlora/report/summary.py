@@ -124,7 +124,17 @@ def _note(node: Any) -> str:
     layers = getattr(node, "layers", None)
     dropout = f"dropout {node.dropout:g}" if getattr(node, "dropout", 0) > 0 else ""
     some = f"layers {some_of(layers)} of {node.shape[node.axes.batch_axis[0]]}" if layers is not None else ""
-    return "; ".join(filter(None, (dropout, some)))
+    return "; ".join(filter(None, (_members(node), dropout, some)))
+
+
+def _members(node: Any) -> str:
+    """What adapters that stand together have of their own."""
+    members = getattr(node, "members", ())
+    told = lambda name, x: None if x is None else getattr(x, name)
+    ranks, scales = ([told(name, x) for x in members] for name in ("rank", "scale"))
+    listed = lambda xs: ", ".join("none" if x is None else f"{x:g}" for x in xs)
+    rank = f"ranks {listed(ranks)}, filled up to one with zeros, which count" if len({*ranks}) > 1 else ""
+    return "; ".join(filter(None, (rank, f"scales {listed(scales)}" if len({*scales}) > 1 else "")))
 
 
 def _type(leaf: Any) -> str:

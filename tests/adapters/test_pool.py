@@ -105,6 +105,11 @@ def test_the_one_longest_unused_makes_way():
         pool.ids(["adapter 4", "adapter 0"])
     with pytest.raises(KeyError, match="no adapter 'adapter 0'"):
         pool.remove("adapter 0")
+    with pytest.raises(TypeError, match="names are a list, one for each row of a batch, found the string 'adapter 4'"):
+        pool.take("adapter 4")
+    with pytest.raises(TypeError, match="names is for files, and 'adapter 4' is a tree"):
+        pool.put("adapter 4", trees["adapter 4"], names="llama")
+    assert repr(pool) == "Pool('adapter 2', 'adapter 3', 'adapter 4'; 3 of 3, rank 4)"
 
 
 def test_a_step_on_an_earlier_tree_is_not_disturbed():
@@ -171,9 +176,13 @@ def test_all_linear_layers_have_room_unless_it_is_said():
 REFUSED = {
     "rank": (lambda: adapter(PARAMS, 0, rank=5), "has rank 5 at .*, and there is room for 4: .*resize"),
     "place": (lambda: adapter(PARAMS, 0, rank=1, train=("head/bias",)), "adapts head/bias, for which there is no room"),
-    "variant": (lambda: adapter(PARAMS, 0, rank=1, variant="dora"), "LoraParam in tree 0 and DoraParam in tree 1"),
-    "base": (lambda: adapter(base(1), 0, rank=1), "different bases"),
+    "variant": (
+        lambda: adapter(PARAMS, 0, rank=1, variant="dora"),
+        "has a DoraParam at .*, and there is room for a LoraParam: make the pool with",
+    ),
+    "base": (lambda: adapter(base(1), 0, rank=1), "stands on another base than this pool's, as at head/bias"),
     "plain": (lambda: PARAMS, "is no wrapped tree"),
+    "several": (lambda: adapters.stack([adapter(PARAMS, 0, rank=1)]), "is no single adapter: this tree holds 1"),
 }
 
 

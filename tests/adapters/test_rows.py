@@ -210,14 +210,20 @@ def test_numbers_of_no_adapter():
 
 def test_what_does_not_go_together_is_refused():
     stacked, x = adapters.stack(family(PARAMS, "lora")), rows(2)
-    with pytest.raises(ValueError, match=r"there are 2 ids, and an argument of shape \(6, 2, 8\) has not as many rows"):
+    with pytest.raises(ValueError, match=r"are 2 ids, and an argument of shape \(6, 2, 8\) at 0 has not as many rows"):
         adapters.batched(forward)(stacked, jnp.asarray([0, 1]), x)
-    with pytest.raises(ValueError, match="in_axes has 2 entries, and there are 1 arguments"):
+    with pytest.raises(ValueError, match=r"in_axes has 2 entries, .*; found 1 such arguments"):
         adapters.batched(forward, in_axes=(0, 0))(stacked, jnp.asarray(IDS), x)
     with pytest.raises(ValueError, match=r"returns an array of shape \(\) for one, which has no axis 0 of size 1"):
         adapters.batched(lambda p, x: forward(p, x).sum())(stacked, jnp.asarray(IDS), x)
     with pytest.raises(TypeError, match=r"whole numbers of shape \(rows,\).*found float32"):
         adapters.batched(forward)(stacked, jnp.ones(6), x)
+    with pytest.raises(TypeError, match=r"found \['a', 'b'\]; a jlora.adapters.Pool knows them by name"):
+        adapters.batched(forward)(stacked, ["a", "b"], x)
+    with pytest.raises(TypeError, match="takes no keyword arguments, found train; give it to the function"):
+        adapters.batched(forward)(stacked, jnp.asarray(IDS), x, train=False)
+    with pytest.raises(ValueError, match="in_axes has another structure than what it is for"):
+        adapters.batched(forward, in_axes=({"y": 0},))(stacked, jnp.asarray(IDS), {"x": x})
     with pytest.raises(TypeError, match="batched takes a tree of several adapters"):
         adapters.batched(forward)(adapter(PARAMS, 0, rank=2), jnp.asarray(IDS), x)
     with pytest.raises(ValueError, match="fallback must be one of"):

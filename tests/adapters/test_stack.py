@@ -181,6 +181,29 @@ def test_trees_that_do_not_go_together():
             adapters.stack(nothing)
 
 
+def test_each_keeps_its_types():
+    trees = [adapter(PARAMS, i, rank=2, dtype=dtype) for i, dtype in enumerate((jnp.bfloat16, jnp.float32))]
+    assert all(map(same_bits, adapters.unstack(adapters.stack(trees)), trees))
+
+
+def test_functions_of_one_adapter_refuse_several():
+    stacked = adapters.stack(family(PARAMS, "lora")[:1])
+    calls = (
+        lambda: adapters.resize(stacked, 1),
+        lambda: adapters.weighted([stacked], [1.0]),
+        lambda: forward(stacked, X),
+        lambda: jlora.peft.low_rank(stacked, 1),
+    )
+    for call in calls:
+        with pytest.raises((ValueError, TypeError), match=r"tree holds 1 adapters on one base .*\.select\(tree, i\)"):
+            call()
+    for function in (adapters.stack, lambda tree: adapters.weighted(tree, [1.0])):
+        with pytest.raises(TypeError, match=r"takes a list of (wrapped )?trees, found a dict"):
+            function(stacked)
+    with pytest.raises(TypeError, match="axes takes a tree of several adapters"):
+        adapters.axes(PARAMS)
+
+
 def test_bases_that_are_equal_are_one():
     copy = jax.tree.map(jnp.copy, PARAMS)
     stacked = adapters.stack([adapter(PARAMS, 0, rank=2), adapter(copy, 1, rank=2)])

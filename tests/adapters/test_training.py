@@ -87,6 +87,14 @@ def test_one_half_alone_taken_apart_is_refused():
         jax.vmap(run, in_axes=(adapters.axes(trainable), 0))(trainable, X)
 
 
+def test_another_axis_than_that_of_the_adapters_is_refused():
+    """Behind the layers of a scan: 0 would take these apart."""
+    layers = adapters.stack(family(PARAMS, "lora")[:2])["layers"]
+    call = lambda layers: jlora.apply(forward)({"layers": layers, "head": PARAMS["head"]}, X[0])
+    with pytest.raises(ValueError, match=r"jax.vmap took another axis than that of the adapters"):
+        jax.vmap(call, in_axes=(jax.tree.map(lambda _: 0, adapters.axes(layers)),))(layers)
+
+
 def test_eight_at_once_cost_what_one_costs_for_each_example():
     wide = {"w": {"kernel": jnp.zeros((256, 256))}, "v": {"kernel": jnp.zeros((256, 256))}}
     fn = lambda p, x: jnp.tanh(x @ p["w"]["kernel"]) @ p["v"]["kernel"]
