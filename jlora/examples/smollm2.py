@@ -122,7 +122,7 @@ class SmolLM2(nn.Module):
         axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # cache, angles, mask, start
         scanned = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=axes,
             length=self.layers,
