@@ -91,6 +91,12 @@ def test_logits_are_those_of_the_decoder_written_by_hand(tensors, params):
     np.testing.assert_allclose(logits, [logits_by_hand(tensors, row) for row in IDS], atol=2e-5)
 
 
+def test_what_layers_see_is_captured_of_all_of_them(params):
+    catch = lambda module, _: module.name == "mlp_norm"
+    _, found = TINY.apply({"params": params}, IDS, capture_intermediates=catch, mutable=["intermediates"])
+    assert found["intermediates"]["layers"]["mlp_norm"]["__call__"][0].shape == (3, *IDS.shape, 12)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_tree_has_the_documented_names(params, remat):
     shapes = jax.eval_shape(TINY.clone(remat=remat).init, jax.random.key(0), IDS)["params"]
