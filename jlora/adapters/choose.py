@@ -88,9 +88,17 @@ def mix(stacked: Any, weights: Any) -> Any:
       >>> import jax, jax.numpy as jnp, jlora
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> trees = [jlora.wrap(params, jlora.LoraSpec(rank=2, seed=seed)) for seed in range(3)]
-      >>> mean = jlora.adapters.mix(jlora.adapters.stack(trees), jnp.full(3, 1 / 3))
+      >>> stacked = jlora.adapters.stack(trees)
+      >>> mean = jlora.adapters.mix(stacked, jnp.full(3, 1 / 3))
       >>> mean["kernel"].rank
       6
+
+      A mixture of its own for each row:
+
+      >>> call = jlora.apply(lambda p, x: x @ p["kernel"])
+      >>> of_row = lambda weights, x: call(jlora.adapters.mix(stacked, weights), x)
+      >>> jax.vmap(of_row)(jnp.ones((5, 3)) / 3, jnp.ones((5, 4))).shape
+      (5, 3)
     """
     paths, leaves, treedef = flatten(stacked, is_unit)
     count = count_of("mix", leaves)

@@ -119,6 +119,8 @@ def batched(
       >>> run = jax.jit(jlora.adapters.batched(lambda p, x: x @ p["kernel"]))
       >>> run(stacked, jnp.array([1, 0, -1, 1]), jnp.ones((4, 5, 4))).shape
       (4, 5, 3)
+
+      A cache whose rows are on its second axis goes in and out: ``batched(fn, in_axes=(0, 1), out_axes=(0, 1))``.
     """
     if fallback not in FALLBACKS:
         raise ValueError(f"batched: fallback must be one of {FALLBACKS}, found {fallback!r}")
