@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,10 +26,10 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
 
     Ranks, scales and targets may differ: ranks are filled up with zeros, and an adapter that lacks a kernel changes
     nothing there. The axis stands first, or behind the batch axes of a kernel that has some (scanned layers, experts);
-    `jlora.adapters.axes` tells it. Each costs what the largest rank costs.
+    `jlora.adapters.axes` tells it. Each costs what the largest rank costs. Planned trees, of `jax.ShapeDtypeStruct`s,
+    give a plan.
 
-    With n adapters of rank up to r, A is (batch..., n, r, in...) and B is
-    (batch..., n, r, out...).
+    With n adapters of rank up to r, A is (batch..., n, r, in...) and B is (batch..., n, r, out...).
 
     Args:
       trees: wrapped trees, with the very same base arrays or equal ones; None, or the plain tree, is the base itself.
@@ -99,7 +100,21 @@ def _stacked(path: str, leaves: Sequence[Any], plain: Any) -> Any:
                 "there; give the plain tree in its place, or as base="
             )
         return _of_values(nodes, next(iter(bases.values()), None), len(leaves))
-    return of_nodes(path, nodes, len(leaves), bases[min(nodes)])
+    base = bases[min(nodes)]
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(list(nodes.values()))):
+        return _planned(path, nodes, len(leaves), base)
+    return of_nodes(path, nodes, len(leaves), base)
+
+
+def _planned(path: str, nodes: Mapping[int, Any], count: int, base: Any) -> Any:
+    """The node of several adapters that are planned, without values."""
+    beside = lambda node, base: dataclasses.replace(node, base=base)
+
+    def bare(arrays: Mapping[int, Any]) -> Any:
+        whole = {i: beside(node, base) for i, node in arrays.items()}
+        return beside(of_nodes(path, whole, count, base), None)
+
+    return beside(jax.eval_shape(bare, {i: beside(node, None) for i, node in nodes.items()}), base)
 
 
 def _check_same(path: str, bases: Mapping[int, Any]) -> None:
@@ -146,8 +161,10 @@ def _of_values(nodes: Mapping[int, Any], base: Any, count: int) -> Any:
     """The node of a leaf that is trained in full by some."""
     some = next(iter(nodes.values())).base
     if base is None:
-        base = jnp.full_like(some, jnp.nan)
-    value = jnp.stack([nodes[i].base if i in nodes else base for i in range(count)])
+        base = some if isinstance(some, jax.ShapeDtypeStruct) else jnp.full_like(some, jnp.nan)
+    values = [nodes[i].base if i in nodes else base for i in range(count)]
+    is_planned = any(isinstance(x, jax.ShapeDtypeStruct) for x in values)
+    value = jax.eval_shape(lambda *xs: jnp.stack(xs), *values) if is_planned else jnp.stack(values)
     return stacked_class(TrainableParam)(
         base=base,
         value=value,

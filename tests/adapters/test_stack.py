@@ -144,6 +144,17 @@ def test_a_stacked_tree_is_a_wrapped_tree():
     assert "4x lora" in str(jlora.summary(stacked))
 
 
+def test_planned_trees_give_a_plan():
+    spec = jlora.LoraSpec(targets=ALL, axes=AXES, rank=2, variant="dora", train=("head/bias",))
+    shapes = jax.eval_shape(lambda: PARAMS)
+    plan = adapters.stack([*[jlora.wrap(shapes, spec)] * 2, shapes])
+    made = adapters.stack([*[jlora.wrap(PARAMS, spec)] * 2, PARAMS])
+    assert jax.tree.structure(plan) == jax.tree.structure(made)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(plan)] == [(x.shape, x.dtype) for x in jax.tree.leaves(made)]
+    run = adapters.batched(forward)
+    assert jax.eval_shape(run, plan, jnp.zeros(2, int), X).shape == run(made, jnp.zeros(2, int), X).shape
+
+
 def test_files_keep_it(tmp_path):
     """Orbax's checkpoints, Flax's state dicts, and pickles."""
     stacked = adapters.stack(family(PARAMS, "dora"))
