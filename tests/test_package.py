@@ -1,0 +1,24 @@
+"""What the package says of itself, in several files, is one thing."""
+
+import pathlib
+import tomllib
+
+import yaml
+
+import jlora
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert jlora.__version__ == project["version"] == citation["version"]
+    assert citation["license"] == project["license"]
+
+
+def test_forms_of_issues_are_forms():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[fw]*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= form.keys()
+        assert all(part["attributes"]["label"] for part in form["body"])
