@@ -4,13 +4,19 @@ It is built without the network. ``JLORA_DOCS_INTERSPHINX=1`` turns names of JAX
 their sites, for which their lists of names are fetched.
 """
 
+import argparse
 import base64
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
 import jlora
+from jlora.cli import parser
 
 HERE = Path(__file__).parent
 
@@ -27,13 +33,14 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build", "jupyter_execute"]  # the second is made by myst-nb beside the output
 root_doc = "index"
 
 # Docstrings are in Google's style; a name in single backticks is a link where there is such a name.
 default_role = "py:obj"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_param = False  # one entry may be of several arguments: ``tree, params:``
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # types stand in the signature of the source; here they would hide the names
@@ -94,6 +101,38 @@ def copy_notebooks() -> None:
         outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
         found = [output["image/png"] for output in outputs if "image/png" in output]
         (pictures / f"{name}.png").write_bytes(base64.b64decode("".join(found[which])))
+
+
+class Help(Directive):
+    """``{jlora-help} merge``: what ``jlora merge --help`` prints."""
+
+    required_arguments = 1
+
+    def run(self):
+        commands = next(action for action in parser()._actions if action.dest == "command")
+        command = commands.choices[self.arguments[0]]
+        command.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=88)
+        text = command.format_help()
+        block = nodes.literal_block(text, text)
+        block["language"] = "text"
+        return [block]
+
+
+def apart(found):
+    """Parts a name in backticks from a letter behind it."""
+    return f"{found[0][:-1]}\\ {found[1]}" if found[1] else found[0]
+
+
+def plain_to_rst(app, what, name, obj, options, lines):
+    """What docstrings may say, and reStructuredText has other signs for: `name`s, *args, shapes of (*axes, r)."""
+    for i, line in enumerate(lines):
+        line = re.sub(r"``[^`]*``|`[^`]+`(\w?)", apart, line)
+        lines[i] = re.sub(r"(?<![\w*\\])\*{1,2}(?=[a-z_]+\b(?!\*))", lambda m: "\\*" * len(m[0]), line)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_to_rst, priority=400)  # before napoleon
+    app.add_directive("jlora-help", Help)
 
 
 copy_notebooks()
