@@ -14,6 +14,8 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from sphinx.addnodes import pending_xref
+from sphinx.transforms import SphinxTransform
 
 import jlora
 from jlora.cli import parser
@@ -130,7 +132,25 @@ def plain_to_rst(app, what, name, obj, options, lines):
         lines[i] = re.sub(r"(?<![\w*\\])\*{1,2}(?=[a-z_]+\b(?!\*))", lambda m: "\\*" * len(m[0]), line)
 
 
+class Links(SphinxTransform):
+    """Makes a link of each name of jlora's in the text, such as ``jlora.wrap`` or ``jlora.peft.save(...)``."""
+
+    default_priority = 500
+
+    def apply(self):
+        for literal in list(self.document.findall(nodes.literal)):
+            found = re.match(r"jlora(?:\.\w+)+", literal.astext())
+            if not found or isinstance(literal.parent, pending_xref | nodes.reference | nodes.title):
+                continue
+            link = pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=found[0], refexplicit=True, refdoc=self.env.docname
+            )
+            literal.replace_self(link)
+            link += literal
+
+
 def setup(app):
+    app.add_transform(Links)
     app.connect("autodoc-process-docstring", plain_to_rst, priority=400)  # before napoleon
     app.add_directive("jlora-help", Help)
 
