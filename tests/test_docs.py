@@ -12,6 +12,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if not {"_build", "notebooks"} & set(path.relative_to(DOCS).parts))
 LONGEST = 25  # lines of a block: a reader sees it whole
+SPACES = "adapters checkpoint init nnx optim peft quant variants".split()
 
 
 def blocks(page):
@@ -41,7 +42,7 @@ def test_every_public_name_is_in_the_reference():
     import jlora
 
     text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
-    spaces = {"": jlora, **{name: getattr(jlora, name) for name in "adapters checkpoint nnx peft quant".split()}}
+    spaces = {"": jlora, **{name: getattr(jlora, name) for name in SPACES}}
     missing = [
         f"jlora.{space}.{name}".replace("..", ".")
         for space, module in spaces.items()
