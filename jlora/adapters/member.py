@@ -91,4 +91,9 @@ def _finite_if_there(node: Any, number: Any, count: int) -> Any:
 
 def _bad(x: Any, number: Any, count: int) -> Any:
     """x, or NaN if there is no adapter of this number."""
-    return x if number is None else jnp.where((number >= -1) & (number < count), x, jnp.nan)
+    return x if number is None else jnp.where(is_known(number, count), x, jnp.nan)
+
+
+def is_known(number: Any, count: int) -> Any:
+    """Whether there is an adapter of a number, or it is the base's."""
+    return (number >= -1) & (number < count)

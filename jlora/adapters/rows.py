@@ -13,6 +13,7 @@ import numpy as np
 
 from jlora.adapters.apart import count_of
 from jlora.adapters.choose import at
+from jlora.adapters.member import is_known
 from jlora.adapters.sides import each, pair_of
 from jlora.adapters.stacked import StackedParam
 from jlora.adapters.where import check_rows, is_none, spread, with_row, without_row
@@ -59,7 +60,7 @@ class RowParam(AdaptedParam):
         count = len(node.members)
         # The scale acts on the ranks of the one row, not on the factors of all.
         weights = jax.nn.one_hot(self.number, count) * (value.scale if scales is None else scales)
-        weights = jnp.where(_is_one(self.number, count), weights, jnp.nan)
+        weights = jnp.where(is_known(self.number, count), weights, jnp.nan)
         own = [self._own(gain) for gain in value.factors[2:]]
         factors = (a, b, *own, weights.reshape(*[1] * self.ndim, -1))
         key = key if self.dropout else None
@@ -70,12 +71,7 @@ class RowParam(AdaptedParam):
         """The gain of the row's adapter, of those of all."""
         gains, count = laid_out(gains), len(self.stacked.members)
         own = gains[jnp.clip(self.number, 0, count - 1)]
-        return jnp.where(_is_one(self.number, count), jnp.where(self.number < 0, 1, own), jnp.nan)
-
-
-def _is_one(number: Any, count: int) -> Any:
-    """Whether there is an adapter of a number, or it is the base's."""
-    return (number >= -1) & (number < count)
+        return jnp.where(is_known(self.number, count), jnp.where(self.number < 0, 1, own), jnp.nan)
 
 
 def batched(

@@ -16,11 +16,19 @@ from jlora.variants.dora import DoraParam
 from jlora.variants.lora import LoraParam
 from jlora.variants.lora_fa import LoraFaParam
 
-AS_STORED = (LoraParam, LoraFaParam, DoraParam)  # whose factors are arrays of theirs
+PLAIN = (LoraParam, LoraFaParam)  # which are nothing but their factors
+AS_STORED = (*PLAIN, DoraParam)  # whose factors are arrays of theirs
 
 
 def each(node: StackedParam, name: str = "") -> Factored | jax.Array:
-    """What each adapter's node stands for: a factored weight without its base, each factor with a first axis more."""
+    """What each adapter's node stands for: a factored weight without its base, each factor with a first axis more.
+
+    Of plain LoRA the factors are left out, since `pair_of` takes them as they are stored.
+    """
+    plain: Any = node
+    if node.of in PLAIN and not plain.start:
+        scale = 1.0 if node.scales else plain.scale
+        return Factored(None, (None, None), name=name, scale=scale, dropout=plain.dropout)
 
     def one(arrays: Any) -> Any:
         value = arrays.effective(name, None)
