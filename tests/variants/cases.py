@@ -111,18 +111,20 @@ OPTIONS = {
 INITS = ("orthogonal", "pissa", "pissa_niter_8", "olora", "milora")
 
 
-def from_readme() -> Any:
-    """The variant that the README writes."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "(AdaptedParam):" in code)
+def from_guide() -> Any:
+    """The variant that the guide writes."""
+    page = Path(__file__).parents[2] / "docs" / "guides" / "own_variant.md"
+    (block,) = (
+        code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "(AdaptedParam):" in code
+    )
     assert len([line for line in block.splitlines() if line.strip()]) < 60
     namespace = {"jax": jax, "jnp": jnp, "jlora": jlora, "LoraSpec": jlora.LoraSpec}
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page.name, "exec"), namespace)
     return namespace["LoraXsParam"]
 
 
-OWN = from_readme()
+OWN = from_guide()
 # Variants, with an initialiser or another setting behind the plus.
 KINDS = (*VARIANTS, "own", *(f"lora+{init}" for init in INITS), "dora+pissa", "lora_fa+olora", "ia3+in", "lora+layers")
 
