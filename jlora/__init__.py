@@ -24,7 +24,7 @@ from jlora.wrap import wrap
 if TYPE_CHECKING:
     from jlora import nnx
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 register_all()  # for flax.serialization and jax.export
 
 
