@@ -42,11 +42,39 @@ STRATEGIES = ("auto", "factored", "merged")
 
 
 class DenseFallbackWarning(UserWarning):
-    """A use of an adapted kernel had no factored rule: W + s A B was computed for it."""
+    """A use of an adapted kernel had no factored rule, so that ``W + s A B`` was computed for it.
+
+    Functions of `jlora.apply` warn of it under ``fallback="warn"``. The result is right. The use costs what it costs
+    with a merged kernel, and it has no dropout. The message says which kernel it is, where it is used, and why.
+    `jlora.explain` shows every use.
+
+    To mend it, write the use as a product, a convolution or a lookup; or leave the kernel out by
+    ``LoraSpec(exclude=...)``; or take the cost with ``fallback="ignore"``.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora, warnings
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> with warnings.catch_warnings(record=True) as told:
+      ...     warnings.simplefilter("always")
+      ...     norm = jlora.apply(lambda p: jnp.square(p["kernel"]).sum())(params)
+      >>> told[0].category.__name__, float(norm)
+      ('DenseFallbackWarning', 12.0)
+    """
 
 
 class DenseFallbackError(ValueError):
-    """The same under ``fallback="error"``."""
+    """A use of an adapted kernel had no factored rule, and a dense computation was forbidden by ``fallback="error"``.
+
+    Functions of `jlora.apply` raise it when they are called. The message and the ways to mend it are those of
+    `DenseFallbackWarning`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> jlora.apply(lambda p: jnp.square(p["kernel"]).sum(), fallback="error")(params)
+      Traceback (most recent call last):
+      jlora.apply.DenseFallbackError: kernel of shape (4, 3) is computed densely, as W + s A B, for ...
+    """
 
 
 def apply(

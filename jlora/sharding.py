@@ -18,6 +18,8 @@ from jlora.nodes.placement import leaf_specs, node_specs, of_node, sharding_of
 from jlora.nodes.qarray import codes, is_qarray
 from jlora.targets.paths import flatten
 
+__all__ = ["specs", "shardings", "of_state"]
+
 
 def specs(tree: Any, base_specs: Any) -> Any:
     """The partition spec of each leaf of a wrapped tree, from those of the plain tree.
@@ -35,7 +37,8 @@ def specs(tree: Any, base_specs: Any) -> Any:
       The structure of `tree` with a `jax.sharding.PartitionSpec` for each leaf.
 
     Raises:
-      ValueError: if a leaf has no spec, a spec has no leaf, or a spec has more entries than the leaf has axes.
+      ValueError: if a leaf has no spec, a spec has no leaf, a spec has more entries than the leaf has axes, or
+        `base_specs` holds something else than specs.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -65,7 +68,19 @@ def shardings(tree: Any, mesh: Any = None, base_specs: Any = None) -> Any:
       The structure of `tree` with a `jax.sharding.NamedSharding` for each leaf; None for one that lies on no mesh.
 
     Raises:
-      ValueError: as `specs` does; or if one of `mesh` and `base_specs` is given alone.
+      ValueError: as `specs` does; or if one of `mesh` and `base_specs` is given alone, or a spec names an axis that the
+        mesh does not have, or one axis twice.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"))
+      >>> tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> places = jlora.sharding.shardings(tree, mesh, {"kernel": P("fsdp", "tensor")})
+      >>> places["kernel"].lora_b.spec
+      P(None, 'tensor')
+      >>> jax.device_put(tree, places)["kernel"].lora_b.sharding.spec
+      P(None, 'tensor')
     """
     if (mesh is None) != (base_specs is None):
         raise ValueError("sharding.shardings takes mesh and base_specs together, or neither: the bases' own placement")

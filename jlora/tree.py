@@ -118,11 +118,24 @@ def _no_type(path: str, node: Any) -> ValueError:
 def unwrap(tree: Any) -> Any:
     """Drops the adapters: every base and frozen leaf as it was, bit for bit.
 
-    A leaf trained in full keeps its trained value, since no copy of its original is kept.
+    A leaf that is trained in full keeps its trained value, since no copy of its original is kept.
+
+    Args:
+      tree: a wrapped tree, of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The tree that was wrapped, with each base in the place of its node. No array is copied.
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
       ValueError: if a base is missing, as in the trainable half of `partition`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> wrapped = jlora.wrap(params, jlora.LoraSpec(rank=2))
+      >>> jlora.unwrap(wrapped)["kernel"] is params["kernel"]
+      True
     """
     paths, leaves, treedef = flatten(_wrapped("unwrap", tree), is_node)
     for path, leaf in zip(paths, leaves, strict=True):
@@ -138,6 +151,14 @@ def partition(tree: Any, *, train: Names = ()) -> tuple[Any, Any]:
       tree: a wrapped tree, which may have plain leaves beside.
       train: patterns of plain leaves that train too, as in ``LoraSpec(train=...)``: see `jlora.value_and_grad`.
 
+    Returns:
+      Two trees of the same structure. A leaf that trains is in the first, any other leaf is in the second. Both are
+      pytrees, so each can be an argument of a compiled function. `combine` puts them together again.
+
+    Raises:
+      TypeError: if nothing in the tree is wrapped.
+      ValueError: if a pattern of `train` matches no plain leaf, or one that is adapted, or one that is not floating.
+
     Example:
       >>> import jax, jax.numpy as jnp, jlora
       >>> params = jlora.wrap({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, jlora.LoraSpec(rank=2))
@@ -151,10 +172,24 @@ def partition(tree: Any, *, train: Names = ()) -> tuple[Any, Any]:
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """The inverse of `partition`.
+    """Puts the two halves of a wrapped tree together again: the inverse of `partition`.
+
+    Args:
+      trainable: the first half that `partition` returned, with other values perhaps, as after a step of training.
+      frozen: the second half.
+
+    Returns:
+      The whole wrapped tree, each leaf from the half that has it.
 
     Raises:
       ValueError: if a leaf is in both trees, or the trees differ in structure.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> trainable, frozen = jlora.partition(params)
+      >>> trainable["kernel"].base is None, jlora.combine(trainable, frozen)["kernel"].base.shape
+      (True, (4, 3))
     """
     paths, nodes, treedef = flatten(trainable, _is_part)
     others, rest, other_treedef = flatten(frozen, _is_part)
@@ -214,9 +249,24 @@ def _either(path: str, a: Any, b: Any) -> Any:
 def labels(tree: Any, *, train: Names = ()) -> Any:
     """A tree of the same structure with ``"trainable"`` or ``"frozen"`` for each leaf, for `optax.multi_transform`.
 
+    `jlora.optimizer` calls it by itself. It is for optimizers that are put together by hand.
+
     Args:
       tree: a wrapped tree.
-      train: patterns of plain leaves that train too.
+      train: patterns of plain leaves that train too: see `jlora.value_and_grad`.
+
+    Returns:
+      The structure of `tree` with a string for each leaf. In a tree without adapters every leaf is ``"frozen"``.
+
+    Raises:
+      ValueError: if a pattern of `train` matches no plain leaf, or one that is adapted, or one that is not floating.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> marks = jlora.labels(params)
+      >>> marks["kernel"].base, marks["kernel"].lora_a
+      ('frozen', 'trainable')
     """
     whole, names = with_named(tree, train)
     marks = label_fields(whole, lambda field: TRAINABLE if field.metadata.get("trained") else FROZEN)

@@ -29,6 +29,13 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array, niter: int
     Returns:
       A of shape (in, r), B of shape (r, out), with s A B the best approximation of W of rank r.
 
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> lora_a, lora_b = jlora.init.pissa(jnp.diag(jnp.array([1.0, 4.0])), 1, 1.0, jax.random.key(0))
+      >>> jnp.round(abs(lora_a @ lora_b), 3)
+      Array([[0., 0.],
+             [0., 4.]], dtype=float32)
+
     References:
       Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv:2404.02948.
     """
@@ -39,6 +46,22 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array, niter: int
 
 def milora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
     """The minor part of W: as `pissa`, of the r smallest singular values.
+
+    Args:
+      matrix: W, of shape (in, out).
+      rank: r.
+      scale: s.
+      key: not used; all functions of this kind take one.
+
+    Returns:
+      A of shape (in, r), B of shape (r, out), with s A B the part of W of the r smallest singular values.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> lora_a, lora_b = jlora.init.milora(jnp.diag(jnp.array([1.0, 4.0])), 1, 1.0, jax.random.key(0))
+      >>> jnp.round(abs(lora_a @ lora_b), 3)
+      Array([[1., 0.],
+             [0., 0.]], dtype=float32)
 
     References:
       Wang et al., "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning",
@@ -51,7 +74,22 @@ def milora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factor
 
 
 def olora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors:
-    """From the decomposition W^T = Q R: B = Q_r^T with orthonormal rows, A = R_r^T; shapes as in `pissa`.
+    """From the decomposition W^T = Q R: B = Q_r^T with orthonormal rows, A = R_r^T.
+
+    Args:
+      matrix: W, of shape (in, out).
+      rank: r.
+      scale: not used.
+      key: not used; all functions of this kind take one.
+
+    Returns:
+      A of shape (in, r), B of shape (r, out) with orthonormal rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> lora_a, lora_b = jlora.init.olora(jnp.arange(12.0).reshape(4, 3), 2, 1.0, jax.random.key(0))
+      >>> bool(jnp.allclose(lora_b @ lora_b.T, jnp.eye(2), atol=1e-5))
+      True
 
     References:
       Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv:2406.01775.
@@ -79,11 +117,27 @@ def leading(matrix: jax.Array, rank: int, key: jax.Array, niter: int) -> tuple[j
     return q @ u, s, vt
 
 
+#: The functions that take factors from the kernel, by the names that ``LoraSpec(init=...)`` takes. Each maps
+#: ``(matrix, rank, scale, key)`` to ``(A, B)``; `spectral` knows ``pissa_niter_N`` too.
 SPECTRAL: dict[str, Callable[..., Factors]] = {"pissa": pissa, "olora": olora, "milora": milora}
 
 
 def spectral(name: object) -> Callable[..., Factors] | None:
-    """The function of a name: one of `SPECTRAL`, or ``pissa_niter_N``; None for any other."""
+    """The function of a name that ``LoraSpec(init=...)`` takes, where that takes factors from the kernel.
+
+    Args:
+      name: one of `SPECTRAL`, or ``pissa_niter_N``: `pissa` with N rounds of subspace iteration.
+
+    Returns:
+      A function ``(matrix, rank, scale, key) -> (A, B)``; None for any other name, and for what is no string.
+
+    Example:
+      >>> import jlora
+      >>> jlora.init.spectral("olora") is jlora.init.olora, jlora.init.spectral("kaiming")
+      (True, None)
+      >>> jlora.init.spectral("pissa_niter_16").keywords
+      {'niter': 16}
+    """
     if not isinstance(name, str):
         return None
     if match := _NITER.fullmatch(name):

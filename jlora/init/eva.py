@@ -37,6 +37,7 @@ def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, pas
 
     Raises:
       ValueError: if there are no batches, or nothing has low-rank factors.
+      TypeError: if `batches` is an array.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora

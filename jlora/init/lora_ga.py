@@ -40,6 +40,16 @@ def lora_ga(
 
     Raises:
       ValueError: if there are no batches, nothing has low-rank factors, or a kernel is too small for rank 2r.
+      TypeError: if `batches` is an array.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"w": jnp.zeros((4, 3))}, jlora.LoraSpec(targets="w", rank=1))
+      >>> loss = lambda p, batch: ((batch[0] @ p["w"] - batch[1]) ** 2).sum()
+      >>> batch = jnp.eye(4)[:2], jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+      >>> params = jlora.init.lora_ga(loss, params, [batch], gamma=1.0)
+      >>> int(abs(params["w"].lora_a[:, 0]).argmax())  # the input whose error is the largest
+      0
 
     References:
       Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000.

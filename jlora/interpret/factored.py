@@ -61,7 +61,8 @@ class Tracked:
 class Factored(Tracked):
     """Stands for ``R (g * (base + scale * sum_r a * b))``: low-rank factors, an output scale, an input transform.
 
-    `low_rank`, `plain`, `gained` and `turned_by` make one; each factor has a role:
+    It is what `jlora.variants.AdaptedParam.effective` returns. `low_rank`, `plain`, `gained` and `turned_by` make one;
+    its constructor is not for a variant. Each factor has a role:
 
     * ``"a"``, ``"b"``: of shape (axes or 1..., r), multiplied with each other and summed over the rank. An axis that a
       owns alone is an in axis, one that b owns alone an out axis, one that both own a batch axis.
@@ -86,6 +87,13 @@ class Factored(Tracked):
       rows: of a batch, each with an adapter of its own, inside a `jax.vmap` over them; 0: there is none.
       varies: for each factor, the mesh axes along which it differs inside `jax.shard_map`; None: not known, but where
         JAX keeps account of it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora.variants import low_rank
+      >>> weight = low_rank(jnp.ones((4, 3)), jnp.ones((4, 1, 2)), jnp.ones((1, 3, 2)), scale=0.5)
+      >>> weight.roles, weight.dense()[0]
+      (('a', 'b'), Array([2., 2., 2.], dtype=float32))
     """
 
     key: Any = None
@@ -106,6 +114,7 @@ class Factored(Tracked):
 
     @property
     def gain(self) -> Any:
+        """The output scale, of shape (axes or 1..., 1); None: it has none."""
         return next((f for f, role in zip(self.factors, self.roles, strict=True) if role == "gain"), None)
 
     @property
@@ -198,29 +207,88 @@ class Factored(Tracked):
 
 
 def low_rank(base: Any, a: Any, b: Any, **settings: Any) -> Factored:
-    """``base + scale * a b``."""
+    """A weight with a low-rank update: ``base + scale * sum_r a * b``.
+
+    Args:
+      base: the weight, of shape (axes...).
+      a: of shape (in axes and batch axes of the base, 1 for the others, and the rank behind them).
+      b: likewise with the out axes; `jlora.variants.AdaptedParam.beside` puts an array of a node so.
+      **settings: fields of `Factored`: ``name``, ``scale``, ``key``, ``dropout``.
+
+    Returns:
+      A `Factored`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora.variants import low_rank
+      >>> low_rank(jnp.zeros((4, 3)), jnp.ones((4, 1, 2)), jnp.ones((1, 3, 2))).dense()[0]
+      Array([2., 2., 2.], dtype=float32)
+    """
     return Factored(base, (a, b), **settings)
 
 
 def gained(weight: Factored, gain: Any, *, keeps_result: bool = False) -> Factored:
-    """The weight with an output scale, of shape (axes or 1..., 1), as ``node.beside(gain, "batch out", fill=1)`` is.
+    """The weight with each output times a number.
 
     Args:
+      weight: what `low_rank` or `plain` made.
+      gain: of shape (axes or 1..., 1), as ``node.beside(gain, "batch out", fill=1)`` is.
       keeps_result: whether products keep their result for the gain's gradient, and not what they scale. It takes less
         memory, since what reads the result keeps it too; a gain of exactly zero has no gradient then.
+
+    Returns:
+      A `Factored` with the gain.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora.variants import gained, plain
+      >>> gained(plain(jnp.ones((4, 3))), jnp.array([[[1.0], [2.0], [3.0]]])).dense()[0]
+      Array([1., 2., 3.], dtype=float32)
     """
     return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"), keeps_result=keeps_result)
 
 
 def turned_by(weight: Factored, axis: int, turns: Sequence[Any], strides: Sequence[int]) -> Factored:
-    """The weight with an input transform on one of its axes: the product of block-diagonal `turns`."""
+    """The weight with its inputs turned: multiplied from the in side by a product of block-diagonal matrices.
+
+    Args:
+      weight: what `low_rank` or `plain` made.
+      axis: which of its axes is turned, of n elements.
+      turns: the matrices R, each of shape (axes or 1..., size of a block): for each element of the axis the row of R
+        within its block.
+      strides: for each of them the distance between the elements of one block: 1 for blocks of neighbours.
+
+    Returns:
+      A `Factored` with the transform.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora.variants import plain, turned_by
+      >>> swap = jnp.array([[0.0, 1.0], [1.0, 0.0]]).reshape(2, 1, 2)  # one block of size 2
+      >>> turned_by(plain(jnp.array([[1.0], [5.0]])), 0, [swap], [1]).dense()[:, 0]
+      Array([5., 1.], dtype=float32)
+    """
     mark = jnp.zeros([n if i == axis else 1 for i, n in enumerate(weight.base.shape)] + [1])
     roles = (*weight.roles, *["turn"] * len(turns), "mark")
     return weight.replace(factors=(*weight.factors, *turns, mark), roles=roles, strides=tuple(strides))
 
 
 def plain(base: Any, **settings: Any) -> Factored:
-    """A weight that is its base alone, for `gained` and `turned_by`."""
+    """A weight that is its base alone, for `gained` and `turned_by`.
+
+    Args:
+      base: the weight, of shape (axes...).
+      **settings: fields of `Factored`, such as ``name``.
+
+    Returns:
+      A `Factored` without factors.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jlora.variants import plain
+      >>> plain(jnp.ones((4, 3))).dense().shape
+      (4, 3)
+    """
     return Factored(base, (), roles=(), **settings)
 
 

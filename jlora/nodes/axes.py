@@ -10,7 +10,8 @@ from typing import ClassVar
 class Axes:
     """The axes of a kernel by their part in it, each a tuple of axis numbers.
 
-    Names follow `jax.nn.initializers.variance_scaling`.
+    ``LoraSpec(axes=...)`` takes them for kernels whose axes neither `jlora.sites` nor Flax's conventions tell. A single
+    number may stand for a tuple of one. Names follow `jax.nn.initializers.variance_scaling`.
 
     Args:
       in_axis: contracted with the activations (for an embedding table: looked up).
@@ -18,7 +19,8 @@ class Axes:
       batch_axis: stacked kernels, each with factors of its own: scanned layers, experts.
 
     Example:
-      >>> Axes((0,), (1, 2))  # a query kernel (features, heads, head_dim)
+      >>> import jlora
+      >>> jlora.Axes(in_axis=0, out_axis=(1, 2))  # a query kernel (features, heads, head_dim)
       Axes(in_axis=(0,), out_axis=(1, 2), batch_axis=())
     """
 

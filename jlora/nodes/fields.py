@@ -16,23 +16,59 @@ PAIR = ("batch in rank", "batch rank out")
 
 
 def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
-    """A field of a node that trains.
+    """Declares a field of a node that trains, in a class of one's own.
 
     Args:
-      dims: its axes by name: ``batch``, ``in`` and ``out`` are those of the base (first the batch ones), any other word
-        is an axis of its own, as in ``"batch in rank"``. So it is placed, checked, and put beside the base. A field
-        that holds a tuple of arrays, or an empty one, has a tuple of them.
+      dims: its axes by name, as in ``"batch in rank"``. ``batch``, ``in`` and ``out`` are those of the base, the batch
+        ones first; any other word is an axis of its own. By them it is placed on a mesh, checked, and put beside the
+        base. A field that holds a tuple of arrays, or an empty one, has a tuple of such texts.
+      **kwargs: of `dataclasses.field`, such as ``default``.
+
+    Returns:
+      A field of a dataclass.
+
+    Example:
+      >>> from jlora.variants import trained
+      >>> trained("batch in rank").metadata["dims"]
+      'batch in rank'
     """
     return dataclasses.field(metadata={"trained": True, "dims": dims}, **kwargs)
 
 
 def frozen(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
-    """A field of a node that stays as it is; arguments as in `trained`."""
+    """Declares a field of a node that stays as it is, in a class of one's own.
+
+    Args:
+      dims: its axes by name, as in `trained`; nothing for the base, whose axes they are.
+      **kwargs: of `dataclasses.field`, such as ``default``.
+
+    Returns:
+      A field of a dataclass.
+
+    Example:
+      >>> from jlora.variants import frozen
+      >>> frozen("rank out").metadata["trained"]
+      False
+    """
     return dataclasses.field(metadata={"trained": False, "dims": dims}, **kwargs)
 
 
 def static(**kwargs: Any) -> Any:
-    """A field of a node that is part of the tree's structure, not a leaf."""
+    """Declares a field of a node that is part of the tree's structure, not a leaf: a setting.
+
+    Its value must be hashable and comparable, since `jax.jit` compiles anew where it differs.
+
+    Args:
+      **kwargs: of `dataclasses.field`, such as ``default``.
+
+    Returns:
+      A field of a dataclass.
+
+    Example:
+      >>> from jlora.variants import static
+      >>> static(default=1.0).default
+      1.0
+    """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 

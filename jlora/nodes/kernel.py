@@ -40,15 +40,23 @@ class KernelSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel to adapt, and what the spec says of it.
+    """A kernel to adapt, and what the spec says of it: `jlora.wrap` hands it to the ``create`` of a variant.
 
     Args:
-      path: of the leaf.
+      path: of the leaf, such as ``"encoder/query/kernel"``.
       shape: of the leaf.
       axes: which of them are in, out and batch.
       kind: ``"dot"``, ``"embedding"``, ``"conv"`` or ``"ragged_dot"``.
-      spec: the settings of its variant, the overrides for this path put in.
+      spec: the settings of its variant, the overrides for this path put in: ``rank``, ``scale``, ``dropout``, ``init``,
+        ``dtype`` and ``options``.
       layers: which of the layers stacked on the first batch axis are adapted; None: all.
+
+    Example:
+      >>> from jlora.nodes.kernel import KernelSpec
+      >>> from jlora.variants import Axes, Kernel
+      >>> kernel = Kernel("kernel", (4, 3), Axes((0,), (1,)), "dot", KernelSpec(rank=2, scale=1.0))
+      >>> kernel.sizes("batch in rank", rank=kernel.spec.rank)
+      (4, 2)
     """
 
     path: str
@@ -60,25 +68,61 @@ class Kernel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The static fields of a node with low-rank factors."""
+        """The static fields of a node with low-rank factors: ``axes``, ``layers``, ``scale`` and ``dropout``."""
         return {**self.place, "scale": self.spec.scale, "dropout": self.spec.dropout}
 
     @property
     def place(self) -> dict[str, Any]:
-        """The static fields of every node."""
+        """The static fields of every node, by name: ``axes`` and ``layers``."""
         return {"axes": self.axes, "layers": self.layers}
 
     @property
     def dtype(self) -> Any:
-        """Of the trained arrays."""
+        """The type of the arrays that train."""
         return self.spec.dtype
 
     def option(self, name: str) -> Any:
-        """A setting of the variant's own."""
+        """A setting of the variant's own.
+
+        Args:
+          name: one of the class's ``OPTIONS``.
+
+        Returns:
+          What ``LoraSpec(options=...)`` gives it, or its default.
+
+        Raises:
+          KeyError: if the class has no such option.
+
+        Example:
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> spec = KernelSpec(rank=2, scale=1.0, options={"factor": 8})
+          >>> Kernel("kernel", (4, 3), Axes((0,), (1,)), "dot", spec).option("factor")
+          8
+        """
         return self.spec.options[name]
 
     def sizes(self, dims: str, **own: int) -> tuple[int, ...]:
-        """The shape of a field; `own` has the sizes of the words that are no axes of the kernel."""
+        """The shape of a field beside this kernel.
+
+        Args:
+          dims: its axes by name, as in `jlora.variants.trained`.
+          **own: the sizes of the words that are no axes of the kernel, such as ``rank=2``.
+
+        Returns:
+          The shape. Where some layers of a stack are adapted, the first batch axis has these alone.
+
+        Raises:
+          TypeError: if a word has no size.
+
+        Example:
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> of = KernelSpec(rank=2, scale=1.0)
+          >>> kernel = Kernel("kernel", (12, 4, 3), Axes((1,), (2,), (0,)), "dot", of, layers=(0, 1))
+          >>> kernel.sizes("batch rank out", rank=2)
+          (2, 2, 3)
+        """
         if missing := [word for word in dims.split() if word not in GROUPS and word not in own]:
             raise TypeError(
                 f"Kernel.sizes({dims!r}) needs the size of {missing[0]}, as in {missing[0]}=kernel.spec.rank"
@@ -86,11 +130,44 @@ class Kernel:
         return sizes_of(self, dims, own)
 
     def size(self, word: str) -> int:
-        """The number of elements of the ``batch``, ``in`` or ``out`` axes."""
+        """The number of elements of the ``batch``, ``in`` or ``out`` axes together.
+
+        Args:
+          word: ``"batch"``, ``"in"`` or ``"out"``.
+
+        Returns:
+          The product of their sizes; 1 where there are none.
+
+        Raises:
+          TypeError: if it is another word.
+
+        Example:
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> query = Kernel("query", (8, 2, 4), Axes((0,), (1, 2)), "dot", KernelSpec(rank=2, scale=1.0))
+          >>> query.size("in"), query.size("out"), query.size("batch")
+          (8, 8, 1)
+        """
         return math.prod(self.sizes(word))
 
     def keys(self, key: jax.Array) -> jax.Array:
-        """A key for each place of the batch axes, of shape (batch...): a layer's is the same whichever are adapted."""
+        """A PRNG key for each place of the batch axes; a layer's is the same whichever layers are adapted.
+
+        Args:
+          key: a PRNG key.
+
+        Returns:
+          Keys of shape (batch...), those of the adapted layers; `key` itself where there are no batch axes.
+
+        Example:
+          >>> import jax
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> of = KernelSpec(rank=2, scale=1.0)
+          >>> kernel = Kernel("kernel", (12, 4, 3), Axes((1,), (2,), (0,)), "dot", of, layers=(0, 1))
+          >>> kernel.keys(jax.random.key(0)).shape
+          (2,)
+        """
         batch = tuple(self.shape[axis] for axis in self.axes.batch_axis)
         if not batch:
             return key
@@ -98,16 +175,75 @@ class Kernel:
         return keys if self.layers is None else keys[jnp.asarray(self.layers)]
 
     def normal(self, key: jax.Array, dims: str, std: float = 1.0, **own: int) -> jax.Array:
-        """Normal noise of shape `dims`, which begins with ``batch``."""
+        """Normal noise for a field beside this kernel, with a key of its own for each place of the batch axes.
+
+        Args:
+          key: a PRNG key.
+          dims: the field's axes by name, which begin with ``batch``.
+          std: the standard deviation.
+          **own: as in `sizes`.
+
+        Returns:
+          An array of the shape that `sizes` gives, in the kernel's `dtype`.
+
+        Raises:
+          TypeError: if a word has no size.
+
+        Example:
+          >>> import jax
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> kernel = Kernel("kernel", (12, 4, 3), Axes((1,), (2,), (0,)), "dot", KernelSpec(rank=2, scale=1.0))
+          >>> kernel.normal(jax.random.key(0), "batch in rank", std=0.02, rank=2).shape
+          (12, 4, 2)
+        """
         shape = self.sizes(dims, **own)[len(self.axes.batch_axis) :]
         return mapped(self, lambda key: std * jax.random.normal(key, shape, self.dtype), self.keys(key))
 
     def matrix(self, base: Any) -> jax.Array:
-        """The kernel as matrices: of shape (batch..., in, out), with in axes and out axes flattened, in float32."""
+        """The kernel as matrices, with in axes and out axes flattened.
+
+        Args:
+          base: the leaf, which may be quantised.
+
+        Returns:
+          An array of shape (batch..., in, out) in float32, of the adapted layers.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> query = Kernel("query", (8, 2, 4), Axes((0,), (1, 2)), "dot", KernelSpec(rank=2, scale=1.0))
+          >>> query.matrix(jnp.ones((8, 2, 4))).shape
+          (8, 8)
+        """
         return matrices(self, jnp.asarray(dense(base)))
 
     def low_rank(self, base: Any, key: jax.Array) -> dict[str, Any]:
-        """The factors that the spec's `init` makes: lora_a and lora_b, and start where they are parts of W."""
+        """The factors that the spec's ``init`` makes.
+
+        Args:
+          base: the leaf; it is looked at where the factors are parts of it.
+          key: a PRNG key.
+
+        Returns:
+          By name: ``lora_a`` of shape (batch..., in..., rank), ``lora_b`` of shape (batch..., rank, out...), and
+            ``start``
+          with a copy of both where they are parts of the kernel (PiSSA and its like).
+
+        Raises:
+          ValueError: if a function given as ``init`` returns other shapes, or the scale is not positive where it
+            divides.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> kernel = Kernel("kernel", (4, 3), Axes((0,), (1,)), "dot", KernelSpec(rank=2, scale=1.0))
+          >>> factors = kernel.low_rank(jnp.ones((4, 3)), jax.random.key(0))
+          >>> factors["lora_a"].shape, factors["lora_b"].shape
+          ((4, 2), (2, 3))
+        """
         if make := spectral(self.spec.init):
             if self.spec.scale <= 0:
                 self.refuse(
@@ -137,7 +273,24 @@ class Kernel:
         return lora_a.astype(self.dtype), lora_b.astype(self.dtype)
 
     def refuse(self, setting: str, expected: str, found: Any) -> None:
-        """Raises the error of a setting that does not fit this kernel."""
+        """Raises the error of a setting that does not fit this kernel.
+
+        Args:
+          setting: its name.
+          expected: what would fit.
+          found: its value.
+
+        Raises:
+          ValueError: always; it names the kernel, and says how to set it for this kernel alone.
+
+        Example:
+          >>> from jlora.nodes.kernel import KernelSpec
+          >>> from jlora.variants import Axes, Kernel
+          >>> kernel = Kernel("kernel", (4, 3), Axes((0,), (1,)), "dot", KernelSpec(rank=2, scale=1.0))
+          >>> kernel.refuse("options['size']", "it divides 4", 3)
+          Traceback (most recent call last):
+          ValueError: wrap: options['size']=3 does not fit kernel of shape (4, 3): it divides 4. Set it for this ...
+        """
         raise ValueError(
             f"wrap: {setting}={found!r} does not fit {self.path} of shape {self.shape}: {expected}. Set it for this "
             f"kernel with overrides={{{self.path!r}: {{...}}}}, or exclude it"

@@ -21,6 +21,7 @@ from jlora.variants.lora_fa import LoraFaParam
 from jlora.variants.oft import BoftParam, OftParam
 from jlora.variants.vera import VeraParam
 
+#: The classes by the names that ``LoraSpec(variant=...)`` takes: ``{"lora": LoraParam, ...}``.
 VARIANTS: dict[str, type[AdaptedParam]] = {
     "lora": LoraParam,
     "dora": DoraParam,

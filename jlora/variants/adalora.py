@@ -25,6 +25,12 @@ class AdaLoraParam(AdaptedParam):
       lora_a, lora_b: singular vectors, of shapes (batch..., in..., r) and (batch..., r, out...), trained.
       lora_e: singular values, of shape (batch..., r), trained; zero at the start.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="adalora", rank=2))["kernel"]
+      >>> node.lora_a.shape, node.lora_e, node.lora_b.shape
+      ((4, 2), Array([0., 0.], dtype=float32), (2, 3))
+
     References:
       Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
     """
@@ -57,14 +63,28 @@ class AdaLoraParam(AdaptedParam):
 
 
 def orthogonality(tree: Any) -> jax.Array:
-    """The mean over kernels of ``||A^T A - I||^2 + ||B B^T - I||^2``, to add to a loss with a weight of about 0.5.
+    """AdaLoRA's regulariser: how far the singular vectors of its kernels are from orthonormal ones.
+
+    It is the mean over kernels of ``||A^T A - I||^2 + ||B B^T - I||^2``, to add to a loss with a weight of about 0.5.
+
+    Args:
+      tree: a wrapped tree, or the trainable half of it. Nodes of other variants count for nothing.
+
+    Returns:
+      A scalar, which has gradients.
+
+    Raises:
+      TypeError: if no leaf of the tree is an `AdaLoraParam`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
-      >>> from jlora.variants.adalora import orthogonality
-      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="adalora", rank=2))
-      >>> orthogonality(params).shape
-      ()
+      >>> axes = jlora.Axes((0,), (1,))
+      >>> node = jlora.variants.AdaLoraParam(jnp.ones((4, 4)), jnp.eye(4), jnp.ones(4), jnp.eye(4), axes=axes)
+      >>> float(jlora.variants.orthogonality({"kernel": node}))
+      0.0
+
+    References:
+      Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.
     """
     nodes = [x for x in jax.tree.leaves(tree, is_leaf=is_node) if isinstance(x, AdaLoraParam)]
     if not nodes:

@@ -37,6 +37,12 @@ class DoraParam(AdaptedParam):
       magnitude: m, of shape (batch..., out...), trained; it starts as ||W||.
       norm2: ||W||^2, of shape (batch..., out...).
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="dora", rank=2))["kernel"]
+      >>> node.lora_a.shape, node.lora_b.shape, node.magnitude
+      ((4, 2), (2, 3), Array([2., 2., 2.], dtype=float32))
+
     References:
       Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, sections 4.1 and 4.3.
     """

@@ -27,6 +27,12 @@ class Ia3Param(AdaptedParam):
       base, axes, layers: as in `jlora.LoraParam`.
       ia3_l: l, of shape (batch..., out...), trained; one at the start.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="ia3"))["kernel"]
+      >>> node.ia3_l
+      Array([1., 1., 1.], dtype=float32)
+
     References:
       Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
       arXiv:2205.05638.

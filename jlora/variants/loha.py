@@ -28,6 +28,12 @@ class LohaParam(AdaptedParam):
       loha_a1, loha_a2: A_1, A_2, of shape (batch..., in..., r), trained; A_2 is zero at the start.
       loha_b1, loha_b2: B_1, B_2, of shape (batch..., r, out...), trained.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="loha", rank=2))["kernel"]
+      >>> node.loha_a1.shape, node.loha_b1.shape, float(abs(node.loha_a2).sum())
+      ((4, 2), (2, 3), 0.0)
+
     References:
       Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
       arXiv:2108.06098.

@@ -31,6 +31,13 @@ class LokrParam(AdaptedParam):
       lokr_a: A, of shape (batch..., in / p, r), trained.
       lokr_b: B, of shape (batch..., r, out / q), trained.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> spec = jlora.LoraSpec(variant="lokr", rank=2, options={"factor": 4})
+      >>> node = jlora.wrap({"kernel": jnp.ones((8, 12))}, spec)["kernel"]
+      >>> node.lokr_c.shape, node.lokr_a.shape, node.lokr_b.shape
+      ((4, 4), (2, 2), (2, 3))
+
     References:
       Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation",
       arXiv:2309.14859.

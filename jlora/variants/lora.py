@@ -33,6 +33,12 @@ class LoraParam(AdaptedParam):
       layers: which of the layers stacked on the first batch axis are adapted; None: all. The factors have these alone.
       start: (A_0, B_0), frozen, or () where their product is zero.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2, alpha=4))["kernel"]
+      >>> type(node).__name__, node.lora_a.shape, node.lora_b.shape, node.scale
+      ('LoraParam', (4, 2), (2, 3), 2.0)
+
     References:
       Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
     """
@@ -54,6 +60,7 @@ class LoraParam(AdaptedParam):
 
     @property
     def rank(self) -> int:
+        """The rank r."""
         return self.lora_a.shape[-1]
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:

@@ -18,9 +18,20 @@ from jlora.variants.lora import low_rank_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoraFaParam(AdaptedParam):
-    """``W + scale * A @ B`` with A frozen; fields as in `jlora.LoraParam`.
+    """``W + scale * A @ B`` with A frozen, as it was drawn: B alone trains.
 
-    Of a layer's input the backward pass then needs ``x @ A`` alone, of r numbers a token.
+    Of a layer's input the backward pass then needs ``x @ A`` alone, of r numbers a token: less memory than LoRA takes.
+
+    Args:
+      base, axes, scale, dropout, layers, start: as in `jlora.LoraParam`.
+      lora_a: A, of shape (batch..., in..., r), frozen.
+      lora_b: B, of shape (batch..., r, out...), trained.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="lora_fa", rank=2))
+      >>> [x.shape for x in jax.tree.leaves(jlora.partition(params)[0])]  # what trains
+      [(2, 3)]
 
     References:
       Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",

@@ -82,6 +82,13 @@ class OftParam(Rotation):
         zero at the start.
       size: of a block.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> spec = jlora.LoraSpec(variant="oft", options={"block_size": 4})
+      >>> node = jlora.wrap({"kernel": jnp.ones((8, 3))}, spec)["kernel"]
+      >>> node.oft_q.shape, node.size  # one factor, 2 blocks of 4 x 4 with 6 entries above the diagonal
+      ((1, 2, 6), 4)
+
     References:
       Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv:2306.07280;
       Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv:2311.06243.
@@ -103,6 +110,18 @@ class BoftParam(Rotation):
     """`OftParam` with a butterfly of two factors, R = R_0 R_1, of blocks of up to 4, unless the options say otherwise.
 
     An axis that no square divides gets one factor. There is no scale of the outputs, which PEFT's BOFT trains besides.
+
+    Args:
+      base, axes, layers, oft_q, size: as in `OftParam`.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((16, 3))}, jlora.LoraSpec(variant="boft"))["kernel"]
+      >>> node.oft_q.shape, node.size  # two factors, each of 4 blocks
+      ((2, 4, 6), 4)
+
+    References:
+      Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv:2311.06243.
     """
 
     OPTIONS = {"block_size": None, "factors": None}

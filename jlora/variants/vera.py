@@ -27,6 +27,12 @@ class VeraParam(AdaptedParam):
       lambda_d: d, of shape (batch..., r), trained.
       lambda_b: b, of shape (batch..., out...), trained; zero at the start.
 
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="vera", rank=2))["kernel"]
+      >>> node.vera_a.shape, node.vera_b.shape, node.lambda_d, node.lambda_b.shape
+      ((4, 2), (2, 3), Array([0.1, 0.1], dtype=float32), (3,))
+
     References:
       Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv:2310.11454.
     """
