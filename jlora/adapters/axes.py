@@ -24,6 +24,10 @@ def axes(tree: Any, *, other: int | None = None) -> Any:
         optimizer has.
       other: for leaves that are no adapters', such as the base's; 0 for those of a state that `jax.vmap` made.
 
+    Returns:
+      The structure of `tree` with the number of an axis for each array of the adapters, None for the base beside them,
+      and `other` for all other leaves.
+
     Raises:
       TypeError: if the tree does not hold several adapters.
 

@@ -80,6 +80,9 @@ def mix(stacked: Any, weights: Any) -> Any:
       stacked: a tree that `stack` returned, of n adapters.
       weights: of shape (n,); they may be negative, traced, batched by `jax.vmap`, differentiated. One-hot ones select.
 
+    Returns:
+      A wrapped tree with one adapter for each kernel that any of the n adapts.
+
     Raises:
       TypeError: if the tree does not hold several adapters.
       ValueError: if the weights are not n, or an adapter is none that can be summed.

@@ -91,19 +91,33 @@ class Pool:
 
     @property
     def tree(self) -> Any:
+        """The tree of all adapters now, for `jlora.adapters.batched`; `take` gives it with their numbers."""
         return self._tree
 
     def put(self, name: str, adapter: Any, **settings: Any) -> None:
         """Takes an adapter in, or another one under the same name; it counts as used now.
 
+        Where the pool is full, the adapter longest unused makes way.
+
         Args:
           name: by which it is asked for.
           adapter: a wrapped tree on this base, or what `jlora.peft.load` takes: a directory, or ``"org/name"``.
-          settings: of `jlora.peft.load`, such as ``names="llama"``.
+          **settings: of `jlora.peft.load`, such as ``names="llama"``.
 
         Raises:
           ValueError: if it has a kernel, a variant or a rank for which there is no room, or stands on another base; or
             as `jlora.peft.load` does. The pool is as it was then.
+          TypeError: if the name is no string, the adapter is no wrapped tree, or there are settings for a tree.
+          OSError: as `jlora.peft.load` does, if there are no such files.
+
+        Example:
+          >>> import jax.numpy as jnp, jlora
+          >>> params = {"kernel": jnp.ones((4, 3))}
+          >>> pool = jlora.adapters.Pool(params, capacity=1, rank=4)
+          >>> pool.put("poems", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+          >>> pool.put("news", jlora.wrap(params, jlora.LoraSpec(rank=3)))
+          >>> list(pool), "poems" in pool
+          (['news'], False)
         """
         if not isinstance(name, str):
             raise TypeError(f"Pool.put: the name of an adapter is a string, found {name!r}")
@@ -119,31 +133,75 @@ class Pool:
             self._slots.move_to_end(name)
 
     def remove(self, name: str) -> None:
-        """Takes an adapter out.
+        """Takes an adapter out; its place is free for another one.
+
+        Args:
+          name: of the adapter.
 
         Raises:
           KeyError: if there is none of that name.
+
+        Example:
+          >>> import jax.numpy as jnp, jlora
+          >>> params = {"kernel": jnp.ones((4, 3))}
+          >>> pool = jlora.adapters.Pool(params, capacity=2, rank=4)
+          >>> pool.put("poems", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+          >>> pool.remove("poems")
+          >>> len(pool)
+          0
         """
         with self._lock:
             self._number(name)
             del self._slots[name]
 
     def ids(self, names: Iterable[str | None]) -> jax.Array:
-        """The numbers of adapters in the tree as it is now, for `jlora.adapters.batched`; None is the base.
+        """The numbers of adapters in the tree as it is now, for `jlora.adapters.batched`.
 
         They count as used now. Where other threads put adapters in, `take` gives the numbers with the tree that they
         belong to.
 
+        Args:
+          names: one for each row of a batch; None is the base.
+
+        Returns:
+          An array of int32, of shape (rows,); -1 is the base.
+
         Raises:
           KeyError: if there is none of a name.
+          TypeError: if `names` is one string.
+
+        Example:
+          >>> import jax.numpy as jnp, jlora
+          >>> params = {"kernel": jnp.ones((4, 3))}
+          >>> pool = jlora.adapters.Pool(params, capacity=2, rank=4)
+          >>> pool.put("poems", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+          >>> pool.ids(["poems", None]).tolist()
+          [0, -1]
         """
         return self.take(names)[1]
 
     def take(self, names: Iterable[str | None]) -> tuple[Any, jax.Array]:
-        """The tree of all adapters and the numbers of some of them in it; they count as used now.
+        """The tree of all adapters, and the numbers of some of them in it; they count as used now.
+
+        Args:
+          names: one for each row of a batch; None is the base.
+
+        Returns:
+          The tree, and an array of int32 of shape (rows,): the first two arguments of what `jlora.adapters.batched`
+          makes.
 
         Raises:
           KeyError: if there is none of a name.
+          TypeError: if `names` is one string.
+
+        Example:
+          >>> import jax.numpy as jnp, jlora
+          >>> params = {"kernel": jnp.ones((4, 3))}
+          >>> pool = jlora.adapters.Pool(params, capacity=2, rank=4)
+          >>> pool.put("poems", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+          >>> tree, ids = pool.take(["poems", None])
+          >>> jlora.adapters.batched(lambda p, x: x @ p["kernel"])(tree, ids, jnp.ones((2, 1, 4))).shape
+          (2, 1, 3)
         """
         if isinstance(names, str):
             raise TypeError(f"Pool: names are a list, one for each row of a batch, found the string {names!r}")

@@ -102,8 +102,8 @@ def batched(
       be traced: a number of no adapter gives NaN then. To use under `jax.jit`.
 
     Raises:
-      ValueError: when called, if an id is no adapter's, or the rows are not as many as the ids, or `fn` does not
-        return batches of one row.
+      ValueError: if `fallback` is none of the three; when called, if an id is no adapter's, or the rows are not as many
+        as the ids, or `fn` does not return batches of one row.
       TypeError: when called, if the tree does not hold several adapters, the ids are no whole numbers, or there are
         keyword arguments.
 

@@ -179,10 +179,17 @@ def _flags(there: Any) -> tuple[Any, ...]:
 
 
 def unstack(stacked: Any) -> list[Any]:
-    """The wrapped trees that `stack` was given, with their ranks, scales and targets; the plain tree for the base.
+    """Takes a tree of several adapters apart: the wrapped trees that `stack` was given.
+
+    Args:
+      stacked: a tree that `stack` returned, of n adapters.
+
+    Returns:
+      A list of n wrapped trees, each with its own rank, scale and targets; the plain tree for one that was the base.
 
     Raises:
       TypeError: if the tree does not hold several adapters.
+      ValueError: if it is one half of `jlora.partition`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora

@@ -61,6 +61,14 @@ class StackedParam(AdaptedParam):
       scales: of the adapters, an array of shape (adapters,), or () where they are all the same.
       present: 1 for adapters that have something here and 0 for others, of shape (batch..., adapters); () where all
         have.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> trees = [jlora.wrap(params, jlora.LoraSpec(rank=2, seed=seed)) for seed in range(3)]
+      >>> node = jlora.adapters.stack(trees)["kernel"]
+      >>> isinstance(node, jlora.adapters.StackedParam), node.of.__name__, len(node.members)
+      (True, 'LoraParam', 3)
     """
 
     of: ClassVar[type[AdaptedParam]]

@@ -17,7 +17,10 @@ from jlora.nodes.node import AdaptedParam, is_node, is_unit
 from jlora.targets.paths import flatten
 from jlora.tree import has_nodes
 
-ADAPTER, ABOUT, FORMAT = "adapter", "about", 1
+ADAPTER, FORMAT = "adapter", 1
+
+#: The name of the part of a checkpoint, a directory in it, whose JSON says what it holds: that which `describe` reads.
+ABOUT = "about"
 
 
 def save(directory: str | Path, tree: Any, *, overwrite: bool = False) -> None:
@@ -95,10 +98,23 @@ def load(
       variants: classes of one's own that the adapter has.
       check_base: refuse a base with other values than the adapter was trained on.
 
+    Returns:
+      The wrapped tree that was saved, on the base that is given.
+
     Raises:
       FileNotFoundError: if there is no such checkpoint.
       TypeError: if the tree is wrapped already.
-      ValueError: if the base is another (in its leaves, their shapes, or their values), or the files are damaged.
+      ValueError: if the base is another (in its leaves, their shapes, or their values), the adapter has a class that
+        neither jlora nor `variants` has, or the files are damaged.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.checkpoint.save(f"{directory}/adapter", jlora.wrap(params, jlora.LoraSpec(rank=2, alpha=4)))
+      ...     tree = jlora.checkpoint.load(f"{directory}/adapter", params)
+      >>> tree["kernel"].scale, tree["kernel"].base is params["kernel"]
+      (2.0, True)
     """
     at = backend.path_of(directory)
     told = _read(at)
@@ -112,7 +128,29 @@ def load(
 
 
 def load_abstract(directory: str | Path, *, variants: Sequence[type[AdaptedParam]] = ()) -> dict[str, Any]:
-    """A saved adapter without its base: its nodes, and the other leaves' shapes, by path."""
+    """Loads a saved adapter without its base, to look at it or to read its factors.
+
+    Args:
+      directory: as in `load`.
+      variants: as in `load`.
+
+    Returns:
+      By path: for each leaf that was wrapped its node, with values, beside a base that is a `jax.ShapeDtypeStruct`; for
+      each other leaf of the base a `jax.ShapeDtypeStruct`.
+
+    Raises:
+      FileNotFoundError: if there is no such checkpoint.
+      ValueError: if the adapter has a class that neither jlora nor `variants` has, or the files are damaged.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.checkpoint.save(f"{directory}/adapter", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+      ...     leaves = jlora.checkpoint.load_abstract(f"{directory}/adapter")
+      >>> leaves["dense/kernel"].lora_a.shape, leaves["dense/bias"].shape
+      ((4, 2), (3,))
+    """
     at = backend.path_of(directory)
     told = _read(at)
     bases = {path: array(x, base.OPTIONAL) for path, x in told.at("base").entries().items()}
@@ -139,11 +177,27 @@ def _hole(path: str, told: Told, base: Any, variants: Sequence[type[AdaptedParam
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """What a saved adapter is: its ``nodes``, each with class, settings and arrays, and the leaves of its ``base``.
+    """Says what a saved adapter is, without reading its arrays.
+
+    Args:
+      directory: as in `load`.
+
+    Returns:
+      A dict of plain data: ``format``, a number; ``nodes``, by path the ``class``, ``settings`` and ``arrays`` of each;
+      ``base``, by path the shape and type of each leaf, and a hash of some of its values.
 
     Raises:
       FileNotFoundError: if there is no such checkpoint.
       ValueError: if it is damaged, or of another format.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.checkpoint.save(f"{directory}/adapter", jlora.wrap(params, jlora.LoraSpec(rank=2)))
+      ...     told = jlora.checkpoint.describe(f"{directory}/adapter")
+      >>> told["nodes"]["kernel"]["class"], told["nodes"]["kernel"]["arrays"]["lora_a"]
+      ('LoraParam', {'shape': [4, 2], 'dtype': 'float32'})
     """
     return _read(backend.path_of(directory)).value
 

@@ -14,10 +14,16 @@ from jax.experimental import multihost_utils
 def gather(value: Any) -> list[Any]:
     """What each process gives, in their order, on all of them.
 
-    For what each process has of its own, such as the place in its part of the data. All processes call it.
+    It is for what each process has of its own, such as its place in its part of the data. All processes must call it.
 
     Args:
       value: JSON: numbers, strings, lists and dicts with strings as keys.
+
+    Returns:
+      A list with the value of each process; of one alone, a list of one.
+
+    Raises:
+      TypeError: if the value is no JSON.
 
     Example:
       >>> import jlora

@@ -21,7 +21,24 @@ from jlora.nodes.node import AdaptedParam
 
 
 class Saved(NamedTuple):
-    """What `Checkpoints.load` returns."""
+    """A step of a run, as `Checkpoints.load` returns it.
+
+    Args:
+      step: its number.
+      tree: the wrapped tree, on the base that was given.
+      state: the state, of the structure that was asked for; None if none was.
+      extra: the JSON that was saved beside it; None if there was none.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     with jlora.checkpoint.Checkpoints(directory) as checkpoints:
+      ...         checkpoints.save(10, jlora.wrap(params, jlora.LoraSpec(rank=2)), extra={"epoch": 1})
+      ...     step, tree, state, extra = jlora.checkpoint.Checkpoints(directory).load(params)
+      >>> step, tree["kernel"].rank, state, extra
+      (10, 2, None, {'epoch': 1})
+    """
 
     step: int
     tree: Any
@@ -116,7 +133,7 @@ class Checkpoints:
         """Saves a step: waits for the one before, copies the arrays, and has them written in the background.
 
         Args:
-          step: its number.
+          step: its number, from 0 on.
           tree: a wrapped tree; its adapter is saved, not its base.
           state: any pytree of arrays of numbers, such as an optimizer's state.
           extra: any JSON, the same in all processes: what each has of its own goes through `gather`, as in
@@ -125,9 +142,21 @@ class Checkpoints:
 
         Raises:
           FileExistsError: if the step is there already.
-          TypeError: if nothing in the tree is wrapped, the state has something else than arrays, or `extra` is no JSON.
-          ValueError: if processes give different metrics or extras, or the metrics lack the one that says what is best.
+          TypeError: if nothing in the tree is wrapped, the state has something else than arrays, a metric is no number,
+            or `extra` is no JSON.
+          ValueError: if the step is no number from 0 on, processes give different metrics or extras, or the metrics
+            lack the one that says what is best.
           Exception: what went wrong when the step before was written.
+
+        Example:
+          >>> import tempfile, jax.numpy as jnp, jlora
+          >>> tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     with jlora.checkpoint.Checkpoints(directory, keep_last=1, keep_best=1, metric="loss") as checkpoints:
+          ...         for step, loss in ((10, 0.5), (20, 0.3), (30, 0.4)):
+          ...             checkpoints.save(step, tree, metrics={"loss": loss})
+          >>> checkpoints.steps, checkpoints.best, checkpoints.latest  # the best and the last are kept
+          ([20, 30], 20, 30)
         """
         self.wait()
         values, told = adapter.contents("Checkpoints.save", tree)
@@ -167,7 +196,24 @@ class Checkpoints:
         return at.exists()
 
     def wait(self) -> None:
-        """Waits for what is being written, raises what went wrong there, and deletes the steps that are not kept."""
+        """Waits for what is being written, and deletes the steps that are not kept.
+
+        The end of a ``with`` block calls it, and so do `save` and `load`. Where nothing is being written it does
+        nothing.
+
+        Raises:
+          Exception: what went wrong when the step was written.
+
+        Example:
+          >>> import tempfile, jax.numpy as jnp, jlora
+          >>> tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     checkpoints = jlora.checkpoint.Checkpoints(directory)
+          ...     checkpoints.save(10, tree)
+          ...     checkpoints.wait()
+          >>> checkpoints.steps
+          [10]
+        """
         if self._pending is None:
             return
         (step, metrics, done), self._pending = self._pending, None
@@ -213,6 +259,17 @@ class Checkpoints:
 
         Warns:
           UserWarning: if the last step is passed over.
+
+        Example:
+          >>> import tempfile, jax.numpy as jnp, jlora
+          >>> params = {"kernel": jnp.ones((4, 3))}
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     checkpoints = jlora.checkpoint.Checkpoints(directory)
+          ...     for step in (10, 20):
+          ...         checkpoints.save(step, jlora.wrap(params, jlora.LoraSpec(rank=2)))
+          ...     last, first = checkpoints.load(params), checkpoints.load(params, step=10)
+          >>> last.step, first.step
+          (20, 10)
         """
         self.wait()
         if step is not None or len(self._metrics) < 2:
@@ -229,10 +286,26 @@ class Checkpoints:
         return self.load(params, state=state, variants=variants, check_base=check_base)
 
     def extra(self, step: int | None = None) -> Any:
-        """What was saved as `extra` with a step, by default the last whole one; no array is read.
+        """What was saved as `extra` with a step; no array is read.
+
+        Args:
+          step: its number; None: the last whole one.
+
+        Returns:
+          The JSON that was saved; None if there was none.
 
         Raises:
           FileNotFoundError: if there is no such step.
+
+        Example:
+          >>> import tempfile, jax.numpy as jnp, jlora
+          >>> tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     checkpoints = jlora.checkpoint.Checkpoints(directory)
+          ...     checkpoints.save(10, tree, extra={"epoch": 1})
+          ...     found = checkpoints.extra()
+          >>> found
+          {'epoch': 1}
         """
         self.wait()
         return steps.said(self._at(self.latest if step is None else step))["extra"].value

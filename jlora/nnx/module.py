@@ -102,6 +102,13 @@ class Adapted(_Seen):
       lora_rngs: the stream of the adapters' dropout; None without.
       deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it; the model's own, if
         it has one, is set with it.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> from flax import nnx
+      >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2))
+      >>> type(model).__name__, type(model.base_model).__name__, model(jnp.ones((5, 4))).shape
+      ('Adapted', 'Linear', (5, 3))
     """
 
     def __init__(self, model: Any, params: Any, *, rngs: Any, types: Any, fallback: str, settings: Mapping[str, Any]):
@@ -115,6 +122,7 @@ class Adapted(_Seen):
 
     @property
     def deterministic(self) -> Any:
+        """Whether the adapters' dropout is off; the model's own setting of this name where it has one."""
         return getattr(self.base_model, "deterministic", self.lora_deterministic)
 
     def _whole(self) -> Adapted:
@@ -134,26 +142,72 @@ class Adapted(_Seen):
             setattr(self.base_model, name, value)
 
     def train(self, **attributes: Any) -> None:
-        """Switches the model to training, and the adapters' dropout on."""
+        """Switches the model to training, and the adapters' dropout on.
+
+        Args:
+          **attributes: of the model's own ``train``.
+
+        Example:
+          >>> import jlora
+          >>> from flax import nnx
+          >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2, dropout=0.1))
+          >>> model.train()
+          >>> model.deterministic
+          False
+        """
         self.base_model.train(**attributes)
         self.lora_deterministic = False
 
     def eval(self, **attributes: Any) -> None:
-        """Switches the model to evaluation, and the adapters' dropout off."""
+        """Switches the model to evaluation, and the adapters' dropout off.
+
+        Args:
+          **attributes: of the model's own ``eval``.
+
+        Example:
+          >>> import jlora
+          >>> from flax import nnx
+          >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2, dropout=0.1))
+          >>> model.eval()
+          >>> model.deterministic
+          True
+        """
         self.base_model.eval(**attributes)
         self.lora_deterministic = True
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Switches the adapters' dropout in an `nnx.view`."""
+        """Switches the adapters' dropout in an `nnx.view`, which calls it.
+
+        Args:
+          deterministic: whether it is off; None leaves it as it is.
+
+        Example:
+          >>> import jlora
+          >>> from flax import nnx
+          >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2, dropout=0.1))
+          >>> model.set_view(deterministic=True)
+          >>> model.deterministic
+          True
+        """
         self.lora_deterministic = self.lora_deterministic if deterministic is None else deterministic
 
 
 class Part(_Seen):
     """A submodule of an adapted model, seen through its adapters; or a list or dict of such.
 
+    It is what an attribute of an `Adapted` model is, where the model has a submodule. Its calls run with the adapters.
+
     Attributes:
       lora_whole: the adapted model.
-      lora_steps: where it is in the model.
+      lora_steps: where it is in the model: names and numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> model = jlora.nnx.wrap(model, jlora.LoraSpec(rank=2))
+      >>> type(model.layers[0]).__name__, model.layers[0](jnp.ones((5, 4))).shape
+      ('Part', (5, 3))
     """
 
     def __init__(self, whole: Adapted, steps: tuple[Any, ...]):

@@ -18,7 +18,18 @@ _OF_PLACES = ("mesh", "eager_sharding", "sharding_rules")
 
 
 class FrozenParam(nnx.Variable):
-    """What an adapter has that does not train: no `nnx.Param`, so no optimizer of parameters takes it."""
+    """A variable of NNX for what an adapter has that does not train.
+
+    It is no `nnx.Param`, so that no optimizer of parameters takes it. LoRA-FA's A is one, and VeRA's two matrices.
+
+    Example:
+      >>> import jax, jlora
+      >>> from flax import nnx
+      >>> spec = jlora.LoraSpec(variant="lora_fa", rank=2)
+      >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), spec)
+      >>> [variable.shape for variable in jax.tree.leaves(nnx.state(model, jlora.nnx.FrozenParam))]
+      [(4, 2)]
+    """
 
 
 class MergedParam(nnx.Param):

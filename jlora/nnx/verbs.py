@@ -76,7 +76,18 @@ def wrap(
 
 
 def merge(model: Adapted, *, dtype: Any = None, everything: bool = False, donate: bool = False) -> Any:
-    """The plain model of its own class, with the adapters folded into its kernels; arguments as in `jlora.merge`.
+    """Folds the adapters into the kernels, and gives the plain model of its own class.
+
+    Args:
+      model: the adapted model, which stays as it is.
+      dtype, everything, donate: as in `jlora.merge`.
+
+    Returns:
+      A model of the class that was wrapped.
+
+    Raises:
+      TypeError: if the model is not adapted.
+      ValueError: as `jlora.merge` does.
 
     Example:
       >>> import jlora
@@ -90,14 +101,49 @@ def merge(model: Adapted, *, dtype: Any = None, everything: bool = False, donate
 
 
 def unwrap(model: Adapted) -> Any:
-    """The plain model of its own class without the adapters, bit for bit; what was trained in full stays trained."""
+    """Drops the adapters: the plain model of its own class, bit for bit.
+
+    What was trained in full keeps its trained values.
+
+    Args:
+      model: the adapted model, which stays as it is.
+
+    Returns:
+      A model of the class that was wrapped.
+
+    Raises:
+      TypeError: if the model is not adapted.
+
+    Example:
+      >>> import jlora
+      >>> from flax import nnx
+      >>> plain = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> again = jlora.nnx.unwrap(jlora.nnx.wrap(plain, jlora.LoraSpec(rank=2)))
+      >>> bool((again.kernel[...] == plain.kernel[...]).all())
+      True
+    """
     return _plain(_checked("unwrap", model), trees.unwrap(tree(model)))
 
 
 def tree(model: Adapted) -> Any:
     """The wrapped tree of the model's parameters, for all that takes one: `jlora.peft.save`, `jlora.summary`, ...
 
-    It has the paths of ``nnx.state(model, nnx.Param)``; arrays are shared with the model.
+    Args:
+      model: the adapted model.
+
+    Returns:
+      A wrapped tree with the paths of ``nnx.state(model, nnx.Param)``; arrays are shared with the model. `update` gives
+      the model another one.
+
+    Raises:
+      TypeError: if the model is not adapted.
+
+    Example:
+      >>> import jlora
+      >>> from flax import nnx
+      >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2))
+      >>> jlora.nnx.tree(model)["kernel"].lora_a.shape
+      (4, 2)
     """
     return tree_of(_checked("tree", model))
 
@@ -115,6 +161,14 @@ def update(model: Adapted, tree: Any) -> None:
     Raises:
       TypeError: if nothing in the tree is wrapped.
       ValueError: if the tree's paths or shapes are not those of the model's parameters.
+
+    Example:
+      >>> import jax, jlora
+      >>> from flax import nnx
+      >>> model = jlora.nnx.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=1))
+      >>> jlora.nnx.update(model, jlora.adapters.resize(jlora.nnx.tree(model), 2))
+      >>> [variable.shape for variable in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))]
+      [(4, 2), (2, 3)]
     """
     if not trees.has_nodes(tree):
         raise TypeError("nnx.update takes a wrapped tree, as jlora.nnx.tree(model) is; of this one no leaf is wrapped")
@@ -137,6 +191,16 @@ def update(model: Adapted, tree: Any) -> None:
 
 def sites(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
     """How ``model(*args, **kwargs)`` uses each parameter, as `jlora.sites` tells it: for the `sites` of `wrap`.
+
+    Args:
+      model: any `nnx.Module` that is not adapted.
+      *args, **kwargs: of the call; arrays may be of type `jax.ShapeDtypeStruct`.
+
+    Returns:
+      For each leaf's path how it is used; it prints as a table.
+
+    Raises:
+      TypeError: if `model` is no `nnx.Module`, or is adapted already.
 
     Example:
       >>> import jax.numpy as jnp, jlora

@@ -62,7 +62,7 @@ def adalora(
     a rank. Scale within `tx`. An update that runs outside of jit refuses such values one step later; under jit nothing
     can be raised, and `ranks` that do not fall are the only sign.
 
-    Add `jlora.variants.adalora.orthogonality` to the loss. `ranks` tells what is left of each kernel.
+    Add `jlora.variants.orthogonality` to the loss. `ranks` tells what is left of each kernel.
 
     Args:
       tx: any optax transformation.
@@ -82,11 +82,16 @@ def adalora(
         would be trained, and (outside of jit) where a value that the last update zeroed is not zero.
 
     Example:
-      >>> import jax.numpy as jnp, jlora, optax
+      >>> import jax, jax.numpy as jnp, jlora, optax
       >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="adalora", rank=3))
-      >>> steps = dict(total_steps=1000, warmup_steps=100, final_steps=300)
+      >>> steps = dict(total_steps=4, warmup_steps=1, final_steps=1)  # of a run: 1000, 100 and 300
       >>> tx = jlora.optimizer(jlora.optim.adalora(optax.adamw(1e-3), target_rank=2, **steps), params)
       >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> jlora.optim.ranks(params)
+      {'kernel': array(2)}
 
     References:
       Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv:2303.10512.

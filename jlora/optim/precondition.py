@@ -45,10 +45,13 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
         frozen A is out of sight; from `update` without parameters.
 
     Example:
-      >>> import jax.numpy as jnp, jlora, optax
-      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
-      >>> tx = jlora.optimizer(optax.chain(jlora.optim.precondition(), optax.sgd(1e-2)), params)
-      >>> state = tx.init(params)
+      >>> import jax, jax.numpy as jnp, jlora, optax
+      >>> axes = jlora.Axes((0,), (1,))
+      >>> params = {"kernel": jlora.LoraParam(jnp.ones((2, 2)), jnp.eye(2), 2 * jnp.eye(2), axes=axes)}
+      >>> tx = jlora.optimizer(optax.chain(jlora.optim.precondition(), optax.sgd(1.0)), params)
+      >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+      >>> jnp.round(updates["kernel"].lora_a[0], 3)  # the gradient of A over B B^T, which is 4 I
+      Array([-0.25, -0.25], dtype=float32)
 
     References:
       Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models", arXiv:2402.02347.

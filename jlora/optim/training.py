@@ -66,16 +66,25 @@ def optimizer(
       b_lr_ratio: multiplies the updates of each ``lora_b`` (LoRA+; 16 is the paper's advice).
       train: patterns of plain leaves of the tree that train too: see `value_and_grad`.
 
+    Returns:
+      An optax transformation for the whole tree, or for its trainable half.
+
     Raises:
       TypeError: if `tx` is no transformation, or the arguments are swapped.
       ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it;
         from `update`, if gradients, state and parameters are not of one tree.
 
     Example:
-      >>> import jax.numpy as jnp, jlora, optax
+      >>> import jax, jax.numpy as jnp, jlora, optax
       >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
       >>> tx = jlora.optimizer(optax.adamw(1e-4), params)
       >>> state = tx.init(params)
+      >>> [x.shape for x in jax.tree.leaves(state) if x.ndim]  # Adam's two moments, of A and B alone
+      [(4, 2), (2, 3), (4, 2), (2, 3)]
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> float(params["kernel"].base.min())  # the base is held
+      1.0
 
     References:
       Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
@@ -267,7 +276,28 @@ def grad(
 ) -> Callable[..., Any]:
     """Like `jax.grad`, for what trains of a wrapped tree; see `value_and_grad`.
 
-    With `has_aux` the function returns ``(gradients, aux)``.
+    Args:
+      loss: a scalar function of a wrapped tree and more arguments, which calls its model through `jlora.apply`.
+      argnums: which arguments the gradients are of, one of which is a wrapped tree; with several, or a tuple, there is
+        a tuple of gradients.
+      has_aux: whether `loss` returns ``(value, aux)``; the function returns ``(gradients, aux)`` then.
+      train: patterns of plain leaves of wrapped trees that train too: see `value_and_grad`.
+
+    Returns:
+      A function with the arguments of `loss` that returns the gradients: the structure of the wrapped tree with None at
+      the frozen leaves.
+
+    Raises:
+      TypeError: when called, if no such argument is wrapped, or `argnums` names no argument.
+      ValueError: when called, if a pattern of `train` matches no plain leaf, or one that can't train.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+      >>> loss = lambda params, x: jlora.apply(lambda p, x: (x @ p["kernel"]).sum())(params, x)
+      >>> grads = jlora.grad(loss)(params, jnp.ones((5, 4)))
+      >>> grads["kernel"].lora_a.shape, grads["kernel"].base is None
+      ((4, 2), True)
     """
 
     @functools.wraps(loss)

@@ -66,9 +66,31 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
 def qpissa(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = None) -> Any:
     """The principal part of each kernel in A and B, which train, and the rest, which has a smaller range, quantised.
 
-    It changes the base, so that the adapter fits this base alone, as in `loftq`.
-    Arguments and errors are those of `loftq`; with more iterations A and B are computed again of ``W - Q``, and the
-    base again of ``W - s A B``.
+    It changes the base, so that the adapter fits this base alone: keep the base (`jlora.unwrap`), or make it again by
+      the
+    same calls, which give the same bits.
+
+    Args:
+      tree: a wrapped tree whose adapted bases are quantised.
+      params: the plain tree before it was quantised.
+      iterations: 1 computes A and B of W, and the base of ``W - s A B``; each further one computes A and B again of
+        ``W - Q``, and the base again.
+      niter: rounds of subspace iteration in place of an exact decomposition, as of `loftq`.
+
+    Returns:
+      The tree with other factors, and with other bases of the same formats.
+
+    Raises:
+      ValueError: if no node is a `LoraParam` on a quantised base, `params` lacks the leaf of one, or `iterations` is no
+        positive integer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+      >>> tree = jlora.wrap(jlora.quant.quantize(params, "nf4"), jlora.LoraSpec(rank=8))
+      >>> error = lambda tree: jnp.linalg.norm(jlora.merge(tree, dtype=jnp.float32)["kernel"] - params["kernel"])
+      >>> bool(error(jlora.quant.qpissa(tree, params)) < error(tree))
+      True
 
     References:
       Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation", arXiv:2404.02948, section 4.

@@ -135,8 +135,17 @@ def dequantize(tree: Any, *, dtype: Any = None) -> Any:
       tree: plain or wrapped; adapters stay, on dense bases.
       dtype: of these leaves; None: that of their scales, which was the kernel's.
 
+    Returns:
+      The tree with a dense array for each quantised leaf; of a plan its shapes and types.
+
     Raises:
       TypeError: if nothing in the tree is quantised.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.quant.quantize({"kernel": jnp.ones((64, 3))}, "nf4")
+      >>> jlora.quant.dequantize(params)["kernel"][0]
+      Array([1., 1., 1.], dtype=float32)
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_qarray)
     if not any(map(is_qarray, leaves)):
@@ -153,7 +162,20 @@ def _dense(leaf: Any, dtype: Any = None) -> Any:
 
 
 class Error(NamedTuple):
-    """What quantising lost, in the Frobenius norm: over that of the weight, and over that of the adapter's update."""
+    """What quantising lost, as `requantize` tells it: norms of the difference, over others (Frobenius norms).
+
+    Args:
+      weight: over that of the weight: 0.01 is one percent.
+      update: over that of the adapter's update: 0 where nothing of it is lost, 1 and more where most of it is, and
+        infinity where the update is zero.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = jlora.quant.quantize({"kernel": jnp.ones((64, 3))}, "int8")
+      >>> _, errors = jlora.quant.requantize(jlora.wrap(params, jlora.LoraSpec(rank=2)))  # B is zero at the start
+      >>> errors["kernel"].update
+      inf
+    """
 
     weight: float
     update: float
@@ -204,6 +226,15 @@ def _error(made: Any, exact: jax.Array, base: Any) -> Error:
 def bits(tree: Any) -> float:
     """The bits that a weight of the quantised leaves takes, scales and all.
 
+    Args:
+      tree: plain or wrapped, with quantised leaves; or a plan of it. Dense leaves and adapters do not count.
+
+    Returns:
+      Bits for one weight, on the average over all quantised leaves.
+
+    Raises:
+      TypeError: if nothing in the tree is quantised.
+
     Example:
       >>> import jax.numpy as jnp, jlora
       >>> jlora.quant.bits(jlora.quant.quantize({"kernel": jnp.ones((128, 8))}, "nf4"))
@@ -220,6 +251,12 @@ def prepare(tree: Any) -> Any:
 
     What `peft.prepare_model_for_kbit_training` does to a model's weights. The rest of it is already so here: the base
     is frozen by `jlora.apply`, and layers are recomputed by `flax.linen.remat` or `jax.checkpoint` around them.
+
+    Args:
+      tree: plain or wrapped, with quantised leaves, which stay as they are; or a plan of it.
+
+    Returns:
+      The tree; leaves of bfloat16 and float16 are float32 in it, all others as they were.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -247,8 +284,11 @@ def fill(plan: Any, read: Callable[[str, Any], Any]) -> Any:
       read: called with the path of each leaf and its shape and type, ``(path, jax.ShapeDtypeStruct)``; returns the
         dense array.
 
+    Returns:
+      The tree with values: quantised where the plan is, dense and of the plan's type elsewhere.
+
     Raises:
-      TypeError: if the plan is wrapped.
+      TypeError: if the plan is wrapped, or the arguments are swapped.
       ValueError: if an array has another shape than the plan.
 
     Example:
