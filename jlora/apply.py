@@ -97,6 +97,7 @@ def apply(
     Args:
       fn: any function. An argument that contains a wrapped node, or a quantised leaf, is a parameter tree;
         others are passed on as they are.
+      *args: none. The arguments of `fn` go to the function that is returned.
       rng: a PRNG key that switches the adapters' dropout on. Without it a tree that has dropout is told of once, in the
         log ``jlora``.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.

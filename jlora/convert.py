@@ -35,10 +35,12 @@ def to_plain_lora(tree: Any) -> Any:
       tree: a wrapped tree.
 
     Returns:
-      The tree with `LoraParam`s without a start; leaves trained in full, biases and rows of tables stay.
+      The tree with a `LoraParam` without a start for each of them; leaves trained in full, biases and rows of tables
+      stay.
 
     Raises:
-      ValueError: if a node is no low-rank update of its base (DoRA, IA3, OFT).
+      ValueError: if a node is no low-rank update of its base (DoRA, IA3, OFT), or lacks some of its arrays, as in one
+        half of `jlora.partition`.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -94,6 +96,7 @@ def fold_and_restart(tree: Any, *, key: jax.Array | None = None) -> Any:
 
     Raises:
       ValueError: if a base is quantised.
+      TypeError: if nothing in the tree is wrapped.
 
     Warns:
       MergePrecisionWarning: as `jlora.merge`, if the base's type is too coarse for an update.

@@ -24,7 +24,8 @@ from jlora.variants.tokens import TokensParam
 def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Mapping[str, Site] | None = None) -> Any:
     """Puts low-rank factors, or what else the variant has, next to each kernel that `spec` targets.
 
-    Pure: it runs under `jax.jit` and `jax.eval_shape`, and on `jax.ShapeDtypeStruct`s, which gives the plan of the
+    Pure: it runs under `jax.jit` and `jax.eval_shape`, and on arrays of type `jax.ShapeDtypeStruct`, which gives the
+      plan of the
     tree without a byte of it. Each leaf's key comes from its path, so that adding a layer changes no other leaf.
 
     Args:

@@ -26,7 +26,7 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
 
     Ranks, scales and targets may differ: ranks are filled up with zeros, and an adapter that lacks a kernel changes
     nothing there. The axis stands first, or behind the batch axes of a kernel that has some (scanned layers, experts);
-    `jlora.adapters.axes` tells it. Each costs what the largest rank costs. Planned trees, of `jax.ShapeDtypeStruct`s,
+    `jlora.adapters.axes` tells it. Each costs what the largest rank costs. Planned trees, of `jax.ShapeDtypeStruct`,
     give a plan.
 
     With n adapters of rank up to r, A is (batch..., n, r, in...) and B is (batch..., n, r, out...).

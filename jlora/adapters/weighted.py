@@ -58,7 +58,7 @@ def weighted(
     at a weight of zero, where their root is infinitely steep, and those with svd where singular values are equal.
 
     Args:
-      trees: wrapped trees on one base, whose adapted kernels all are `jlora.LoraParam`s.
+      trees: wrapped trees on one base, each adapted kernel of which is a `jlora.LoraParam`.
       weights: a number for each tree, negative ones too; they may be traced.
       method: ``"linear"``, ``"cat"``, ``"svd"``, ``"ties"``, ``"ties_svd"``, ``"dare_linear"``, ``"dare_linear_svd"``,
         ``"dare_ties"``, ``"dare_ties_svd"``, ``"magnitude_prune"`` or ``"magnitude_prune_svd"``.

@@ -29,7 +29,7 @@ def told(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What is said of a base: nothing of the values of what trains, or is abstract.
 
     Args:
-      leaves: by path: arrays, nodes, `jax.ShapeDtypeStruct`s.
+      leaves: by path: arrays, nodes, each maybe of `jax.ShapeDtypeStruct`.
     """
     bases = {path: x.base if is_node(x) else x for path, x in leaves.items() if hasattr(x, "shape")}
     known = {path: x for path, x in bases.items() if not isinstance(leaves[path], TrainableParam)}

@@ -1,6 +1,7 @@
 """The command line, ``jlora``: look at adapters, merge, convert, compare and combine them; read other tools' settings.
 
-Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`), 2 not done: the message says why.
+Exit codes: 0 done, 1 done and found a difference or a fault (`diff`, `inspect`), 2 not done: the message says why, 130
+interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -18,7 +19,24 @@ ABOUT = "Look at LoRA adapters, merge, convert, compare and combine them; read o
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code.
+
+    Errors are told on standard error, in one line and without a traceback. Ctrl-C while a command runs is 130.
+
+    Args:
+      arguments: the words behind ``jlora``; None: those that the program was started with.
+
+    Returns:
+      0, 1, 2 or 130: see the table of exit codes.
+
+    Raises:
+      SystemExit: of `argparse`, with 2 where the words are no command, and 0 behind ``--help``.
+
+    Example:
+      >>> from jlora.cli import main
+      >>> main(["spec", "no-such-file.yaml"])  # says on standard error that there is no such file
+      2
+    """
     given = parser().parse_args(arguments)
     try:
         return given.run(given)
@@ -34,7 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """The parser of all commands.
+
+    Returns:
+      An `argparse.ArgumentParser`. What it has parsed has the ``command`` by name, and ``run``, its function.
+
+    Example:
+      >>> from jlora.cli import parser
+      >>> parser().parse_args(["inspect", "adapter"]).command
+      'inspect'
+    """
     made = argparse.ArgumentParser(prog="jlora", description=ABOUT)
     made.epilog = (
         "An adapter is a directory of PEFT's (adapter_config.json, adapter_model.safetensors) or of Orbax's. Where "

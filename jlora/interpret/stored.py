@@ -1,4 +1,4 @@
-"""Views that the arrays of a quantised weight can follow: each rule gives `QArray`s, or None where they can't.
+"""Views that the arrays of a quantised weight can follow: each rule gives a `QArray`, or None where they can't.
 
 On every axis an array has the weight's size, or a count of tiles that divides it. So a view of the weight is nearly the
 same view of each array, unless it cuts a tile.

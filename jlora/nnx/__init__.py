@@ -1,4 +1,4 @@
-"""LoRA for `flax.nnx`: a module that is called and trained as the model was, with adapters that are `nnx.LoRAParam`s.
+"""LoRA for `flax.nnx`: a module that is called and trained as the model was, its adapters `nnx.LoRAParam` variables.
 
 The training loop of the full fine-tune stays as it is, but for the variables that it names::
 

@@ -98,7 +98,7 @@ class Adapted(_Seen):
 
     Attributes:
       base_model: the model; a leaf that is trained in full is an `nnx.LoRAParam` in it.
-      lora_params: the adapters by path: `nnx.LoRAParam`s, and `FrozenParam`s of methods that hold a part of themselves.
+      lora_params: the adapters by path: `nnx.LoRAParam` variables, and `FrozenParam` ones for what does not train.
       lora_rngs: the stream of the adapters' dropout; None without.
       deterministic: whether the adapters' dropout is off, as `eval` sets it and `train` unsets it; the model's own, if
         it has one, is set with it.

@@ -36,8 +36,8 @@ def wrap(
     The adapters, and what the spec trains in full, are `nnx.LoRAParam` variables; those of the base keep their types
     and their bits. `nnx.jit`, `nnx.grad`, `nnx.split`, `nnx.Optimizer`, Orbax and meshes take it as any other module.
     A call runs the unchanged model by `jlora.apply`. Names of axes for sharding are handed on to the factors. Gradients
-    go to `nnx.LoRAParam`s and to inputs, and are zero for other parameters: an optimizer with ``wrt=nnx.Param`` would
-    have them decay.
+    go to `nnx.LoRAParam` variables and to inputs, and are zero for other parameters: an optimizer with
+    ``wrt=nnx.Param`` would have them decay.
 
     Args:
       model: any `nnx.Module`. It stays as it is; arrays are shared with it, not copied.

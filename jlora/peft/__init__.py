@@ -142,6 +142,7 @@ def resize_tables(
 
     Raises:
       ValueError: if the adapter does not fit the tree otherwise, or does not have the values of the new rows.
+      FileNotFoundError, PermissionError, ConnectionError, ImportError: of files and the Hub, as of `load`.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -188,6 +189,14 @@ def save(
       TypeError: if nothing in the tree is wrapped.
       ValueError: if a leaf has no name in PyTorch, or its adapter no form in PEFT, or with `portable` none there; the
         message says what to do. Or if PEFT has no such task.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jlora
+      >>> params = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((4, 3))}}}}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.save(directory, jlora.wrap(params, jlora.LoraSpec(rank=2)))
+      ...     sorted(os.listdir(directory))
+      ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     collected = collect(tree, names)
     if not allow_nonfinite:

@@ -258,6 +258,8 @@ def _gpt2(layout: Layout) -> list[Entry]:
 
 
 _LLAMA = _decoder(_LLAMA_LAYER)
+#: The ready maps by their names, such as ``"llama"``, which `load` and others take as `names`. Each is a list of pairs:
+#: a name of PyTorch's, and the path of a leaf; a third entry is a `Layout`.
 NAMES: dict[str, list[Entry]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,

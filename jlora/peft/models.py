@@ -66,6 +66,14 @@ def to_safetensors(
     Raises:
       FileNotFoundError: if `config` is a directory without ``config.json``.
       ValueError: if a leaf has no name of PyTorch's, or its axes are not known.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jlora
+      >>> params = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((4, 3))}}}}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.to_safetensors(jlora.wrap(params, jlora.LoraSpec(rank=2)), directory)  # adapters merged
+      ...     os.listdir(directory)
+      ['model.safetensors']
     """
     paths, leaves, _ = flatten(tree, is_unit)
     by_path = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if hasattr(leaf, "shape")}
@@ -231,6 +239,18 @@ def from_safetensors(
     Raises:
       FileNotFoundError: if there are no such files.
       ValueError: if a tensor is missing or does not fit.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> params = {"layers": {"0": {"q_proj": {"kernel": jnp.ones((4, 3))}}}}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.to_safetensors(params, directory)
+      ...     theirs = jlora.peft.from_safetensors(directory)
+      ...     ours = jlora.peft.from_safetensors(directory, like=params)
+      >>> theirs["layers"]["0"]["q_proj"]["weight"].shape  # PyTorch's name and (out, in)
+      (3, 4)
+      >>> ours["layers"]["0"]["q_proj"]["kernel"].shape
+      (4, 3)
     """
     files = files_of(directory)
     where = {name: file for file in files.values() for name in file}

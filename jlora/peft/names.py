@@ -45,6 +45,15 @@ class Layout:
         ``"sqrt_features"`` (sqrt(size of all out axes)).
       is_parameter: PyTorch's name is the parameter's own, not that of a weight's module; so it is of stacked experts.
       conv1d: PyTorch's weight is (in, out), as that of Transformers' ``Conv1D`` in GPT-2.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, jlora
+      >>> names = [("q_proj", "query/kernel", jlora.peft.Layout("in out out"))]  # (features, heads, head_dim)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     jlora.peft.to_safetensors({"query": {"kernel": jnp.ones((8, 2, 3))}}, directory, names=names)
+      ...     theirs = jlora.peft.from_safetensors(directory)
+      >>> theirs["q_proj"]["weight"].shape  # (out, in), as in PyTorch
+      (6, 8)
     """
 
     dims: str | None = None

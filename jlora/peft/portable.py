@@ -85,15 +85,20 @@ def _nothing(rank: int, ins: int, outs: int) -> Update:
 def low_rank(tree: Any, rank: int) -> tuple[Any, dict[str, float]]:
     """The nearest plain LoRA of a rank to what a wrapped tree stands for, by the singular values of each update.
 
-    For DoRA, OFT, IA3 and their like, or an adapter whose rank a server does not take.
+    It is for DoRA, OFT, IA3 and their like, or for an adapter whose rank a server does not take. Each update is built,
+    of the kernel's size.
 
     Args:
-      tree: a wrapped tree.
+      tree: a wrapped tree, with values.
       rank: of the new factors; of a smaller kernel as much as it has.
 
     Returns:
-      The tree with `jlora.LoraParam`s of scale 1, and for each of their paths the error: the norm of what is lost over
-      the norm of the update.
+      The tree with a `jlora.LoraParam` of scale 1 for each adapted kernel, and for the path of each the error: the norm
+      of what is lost over the norm of the update, 0 to 1.
+
+    Raises:
+      ValueError: if the rank is no positive integer, the tree is one half of `jlora.partition`, or it holds several
+        adapters.
 
     Example:
       >>> import jax.numpy as jnp, jlora

@@ -98,7 +98,10 @@ def push(
 ) -> str:
     """Uploads a saved adapter to the Hugging Face Hub: its safetensors, its settings and its card, in one commit.
 
-    The repository is made if it is not there. No other file of the directory is uploaded.
+    The repository is made if it is not there. No other file of the directory is uploaded::
+
+        jlora.peft.save("adapter", tree)
+        url = jlora.peft.push("adapter", "org/name", private=True)
 
     Args:
       directory: which `jlora.peft.save`, or PEFT, has written.
@@ -118,7 +121,12 @@ def push(
       ImportError: if ``huggingface_hub`` is not installed: ``pip install "jlora[hub]"``.
 
     Example:
-      >>> url = jlora.peft.push("adapter", "org/name", private=True)  # doctest: +SKIP
+      What can't be uploaded is refused before the Hub is asked:
+
+      >>> import jlora
+      >>> jlora.peft.push("adapter", "name")
+      Traceback (most recent call last):
+      ValueError: peft.push: 'name' is no name of a repository on the Hub; expected is org/name
     """
     directory = Path(directory)
     if not is_name(name):

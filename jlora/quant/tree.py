@@ -35,7 +35,7 @@ def quantize(
     """Puts a Qwix `QArray` in the place of each target: a few bits a weight, and a scale for each tile of it.
 
     Leaf by leaf, each where it lies: sharded kernels stay so, and leaves that are NumPy arrays, mapped from a file,
-    say, come to the device one at a time. Runs under jit, and on `jax.ShapeDtypeStruct`s, which gives a plan.
+    say, come to the device one at a time. Runs under jit, and on `jax.ShapeDtypeStruct`, which gives a plan.
 
     Args:
       params: a plain tree, as of `jlora.wrap`, which then takes the result.
@@ -279,7 +279,7 @@ def fill(plan: Any, read: Callable[[str, Any], Any]) -> Any:
     """Makes the arrays of a plan leaf by leaf, so that a model larger than the memory is quantised as it is read.
 
     Args:
-      plan: a tree of `jax.ShapeDtypeStruct`s, of which `quantize` has made some leaves quantised; with shardings, each
+      plan: a tree of `jax.ShapeDtypeStruct`, of which `quantize` has made some leaves quantised; with shardings, each
         leaf is placed as it is read.
       read: called with the path of each leaf and its shape and type, ``(path, jax.ShapeDtypeStruct)``; returns the
         dense array.

@@ -100,9 +100,10 @@ class Explanation(Table):
 def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Explanation:
     """Every use of every adapted kernel in a function: factored or dense, and why; FLOPs against the plain function.
 
-    Traces `fn` abstractly: arrays may be `jax.ShapeDtypeStruct`s. FLOPs and bytes are XLA's count for the forward pass
-    before optimisation, of one step of each loop. Prints as text of eighty columns; in a notebook it shows as a tree
-    that folds. What trains without effect is told below, and so are kernels that could be adapted and are not.
+    Traces `fn` abstractly: arrays may be of type `jax.ShapeDtypeStruct`. FLOPs and bytes are XLA's count for the
+    forward pass before optimisation, of one step of each loop. Prints as text of eighty columns; in a notebook it shows
+    as a tree that folds. What trains without effect is told below, and so are kernels that could be adapted and are
+    not.
 
     Args:
       fn: the unchanged function, as given to `jlora.apply`; or a loss that calls `jlora.apply`, whose `rng` and
@@ -115,6 +116,7 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     Raises:
       TypeError: if `tree` holds no wrapped node.
+      ValueError: if a node lacks some of its arrays, as in one half of `jlora.partition`.
 
     Example:
       >>> import jax.numpy as jnp, jlora

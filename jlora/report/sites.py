@@ -38,11 +38,14 @@ def sites(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
 
     Args:
       fn: a function of a parameter tree and more arguments, such as ``model.apply``.
-      params: the tree, of arrays or of `jax.ShapeDtypeStruct`s.
-      *args, **kwargs: the other arguments; arrays may be `jax.ShapeDtypeStruct`s.
+      params: the tree, of arrays or of `jax.ShapeDtypeStruct`.
+      *args, **kwargs: the other arguments; arrays may be of type `jax.ShapeDtypeStruct`.
 
     Returns:
       For each leaf's path its `Site`: kind, axes and uses. It prints as a table, and `jlora.wrap` takes it.
+
+    Raises:
+      ValueError: if two leaves of `params` have the same path.
 
     Example:
       >>> import jax.numpy as jnp, jlora

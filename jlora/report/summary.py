@@ -70,10 +70,17 @@ class Summary(Table):
 def summary(tree: Any) -> Summary:
     """What of a wrapped tree is adapted and what trains: shapes, ranks, parameters, percent, bytes.
 
-    Percent are of all that the tree holds, the adapters among it, as PEFT counts.
+    Percent are of all that the tree holds, the adapters among it, as PEFT counts. Bytes are those of the arrays, with
+    1 KiB = 1024 B.
 
     Prints as text of eighty columns, where layers that are alike share a row; in a notebook it shows as a tree that
     folds, of all leaves. `rows` has every wrapped leaf.
+
+    Args:
+      tree: a wrapped tree, of arrays or of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A `Summary`, which prints as a table. `totals` has the sums as numbers, `leaves` every leaf of the tree.
 
     Raises:
       ValueError: if a node lacks arrays, as in one half of `jlora.partition`.

@@ -16,7 +16,7 @@ class Totals(NamedTuple):
 
     Args:
       trained, parameters: counts.
-      trained_bytes, all_bytes: sizes.
+      trained_bytes, all_bytes: sizes, in bytes.
       quantised: how many leaves are.
       bits: that one of their weights takes.
     """

@@ -27,10 +27,20 @@ from jlora.targets.patterns import Pattern, matcher
 class LoraSpec:
     """What to adapt, and how. Plain data: it round-trips through JSON, YAML and TOML.
 
+    Patterns select leaves by their paths, such as ``encoder/layer_0/query/kernel``:
+
+    * A plain pattern matches the end of a path, name by name. ``query`` and ``attention/query`` match every leaf within
+      each module of that name, ``query/kernel`` a leaf. ``*`` and ``?`` stand for parts of a name, ``**`` for any
+      number of names.
+    * A pattern that begins with ``re:``, is compiled by `re.compile`, or has one of ``( ) | ^ $ +``, a backslash or
+      ``.*`` in it, is a regular expression. It must match the whole path of a leaf or of a module.
+    * One that begins with ``module:`` is a regular expression for the dotted name of the module that holds the leaf, as
+      PEFT writes it: ``module:layers.0.query``. With ``module?:`` there may be none.
+
     Args:
       targets: ``"all-linear"`` (every kernel of a linear layer, by the name of ``kernel`` or ``w`` where no `sites` are
         given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
-        ``logits_dense``), a pattern or a sequence of patterns over paths (see `jlora.targets.patterns.matcher`), which
+        ``logits_dense``), a pattern or a sequence of patterns over paths (see above), which
         may have ``"all-linear"`` among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the
         structure of the parameters.
       exclude: patterns taken out of the targets.
@@ -125,7 +135,21 @@ class LoraSpec:
         return KernelSpec(self.rank, self.scale, float(self.dropout), self.init, dtype, options)
 
     def at(self, path: str) -> LoraSpec:
-        """The spec with the overrides for the kernel at `path` put in."""
+        """The spec with the overrides for one kernel put in.
+
+        Args:
+          path: of the kernel.
+
+        Returns:
+          The spec without overrides: those of the first pattern that matches are its settings; the spec itself if none
+            does.
+
+        Example:
+          >>> import jlora
+          >>> spec = jlora.LoraSpec(rank=8, overrides={"mlp/*": {"rank": 4}})
+          >>> spec.at("layer_0/mlp/kernel").rank, spec.at("layer_0/query/kernel").rank
+          (4, 8)
+        """
         for pattern, settings in self.overrides.items():
             if matcher(pattern)(path):
                 return dataclasses.replace(self, **settings, overrides={})
@@ -134,8 +158,17 @@ class LoraSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain data for JSON, YAML or TOML; settings that are None are left out.
 
+        Returns:
+          A dict of numbers, strings, lists and dicts, which `from_dict` takes.
+
         Raises:
           TypeError: if `targets`, `init` or `variant` is a function, a class or a tree, which no file holds.
+
+        Example:
+          >>> import jlora
+          >>> told = jlora.LoraSpec(targets=("query", "value"), rank=4).to_dict()
+          >>> told["targets"], told["rank"]
+          (['query', 'value'], 4)
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: plain_data(name, value) for name, value in fields.items() if value is not None}
@@ -144,8 +177,19 @@ class LoraSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> LoraSpec:
         """The inverse of `to_dict`; settings that are absent take their defaults.
 
+        Args:
+          data: settings by the names of this class, such as ``json.load`` returns. `from_peft` takes PEFT's names.
+
+        Returns:
+          The spec.
+
         Raises:
-          ValueError: if a setting is unknown.
+          ValueError: if a setting is unknown, or out of its range.
+
+        Example:
+          >>> import jlora
+          >>> jlora.LoraSpec.from_dict({"rank": 4, "dropout": 0.1}) == jlora.LoraSpec(rank=4, dropout=0.1)
+          True
         """
         check_known("LoraSpec", data, [f.name for f in dataclasses.fields(cls)])
         return cls(**data)
@@ -168,6 +212,9 @@ class LoraSpec:
             (``base_model_name_or_path``, ``inference_mode``, ...) and unknown ones that are None are ignored. Or a
             configuration of PEFT's, such as its ``LoraConfig``; or the path of a JSON or YAML file, or of a directory
             with an ``adapter_config.json``.
+
+        Returns:
+          The spec.
 
         Raises:
           ValueError: if a setting is unknown or can't be honoured; the message says which, why, and what to do. Or if
@@ -196,6 +243,9 @@ class LoraSpec:
             `jlora.quant.quantize`, before `jlora.wrap`. With ``freeze_mm_modules`` the towers of other modalities and
             their projectors are left out (``exclude``).
 
+        Returns:
+          The spec.
+
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured.
           FileNotFoundError, ImportError: of a file, as of `from_peft`.
@@ -222,6 +272,9 @@ class LoraSpec:
             ``freeze_language_model`` false: what they freeze is left out (``exclude``), where a model has it.
             ``lora_target: all`` never names the projector.
 
+        Returns:
+          The spec.
+
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or
             the configuration is another tool's.
@@ -246,6 +299,9 @@ class LoraSpec:
             file. What is not the adapter's is ignored: FastChat's settings of models, data and training, and those of
             Transformers' ``TrainingArguments``. So is ``q_lora``: the base is quantised on its own, by
             `jlora.quant.quantize`, before `jlora.wrap`. ``lora_bias`` is PEFT's ``bias``.
+
+        Returns:
+          The spec.
 
         Raises:
           ValueError: if a setting of the adapter is unknown or can't be honoured, nothing of an adapter is there, or

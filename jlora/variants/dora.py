@@ -75,7 +75,17 @@ class DoraParam(AdaptedParam):
         return gained(low_rank_of(self, name, key), gain, keeps_result=True)
 
     def norm(self) -> jax.Array:
-        """||V||, of shape (batch..., out...), without a gradient."""
+        """The norm ||V|| over the in axes, without a gradient.
+
+        Returns:
+          An array of shape (batch..., out...) in float32 or wider.
+
+        Example:
+          >>> import jax.numpy as jnp, jlora
+          >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="dora", rank=2))["kernel"]
+          >>> node.norm()
+          Array([2., 2., 2.], dtype=float32)
+        """
         return lax.stop_gradient(jnp.sqrt(jnp.maximum(self._norm2(), SMALL * self.norm2 + TINY)))
 
     def _norm2(self) -> jax.Array:
