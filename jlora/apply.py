@@ -118,7 +118,8 @@ def apply(
 
     Raises:
       ValueError: if `fallback` is none of the three, or `strategy` is none of its three, or is ``"merged"`` under
-        ``freeze=False``.
+        ``freeze=False``; when called, if a wrapped tree lacks arrays or values (one half of `jlora.partition`, a plan),
+        or a pattern of `train` matches no leaf.
       TypeError: if `rng` is no PRNG key, or the arguments of `fn` are given here; when called, if `fn` returns an
         object that hides an array.
       DenseFallbackError: when called, under ``fallback="error"``.

@@ -44,8 +44,8 @@ def merge(tree: Any, *, dtype: Any = None, everything: bool = False, donate: boo
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
-      ValueError: if `dtype` is no floating type, an adapter stands on a quantised base and no `dtype` is given, or the
-        tree is one half of `partition`.
+      ValueError: if `dtype` is no floating type, or `everything` has none, an adapter stands on a quantised base and no
+        `dtype` is given, or the tree is one half of `partition`.
 
     Warns:
       MergePrecisionWarning: if the merged kernel has fewer than 32 bits and rounding to it takes more than half of an

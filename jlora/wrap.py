@@ -25,8 +25,8 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     """Puts low-rank factors, or what else the variant has, next to each kernel that `spec` targets.
 
     Pure: it runs under `jax.jit` and `jax.eval_shape`, and on arrays of type `jax.ShapeDtypeStruct`, which gives the
-      plan of the
-    tree without a byte of it. Each leaf's key comes from its path, so that adding a layer changes no other leaf.
+    plan of the tree without a byte of it. Each leaf's key comes from its path, so that adding a layer changes no other
+    leaf.
 
     Args:
       params: any pytree of arrays: dicts, `FrozenDict`, `nnx.State`, Equinox modules, registered dataclasses.
@@ -42,7 +42,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     Raises:
       ValueError: if a pattern matches nothing, two leaves have one path, a kernel's axes are ambiguous, its type is no
         floating one, the rank is larger than the kernel, or the variant does not have such a use of a kernel.
-      TypeError: if the tree is wrapped already.
+      TypeError: if the tree is wrapped already, `spec` is no `LoraSpec`, or `key` is not one PRNG key.
 
     Example:
       >>> import jax.numpy as jnp, jlora

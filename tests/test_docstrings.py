@@ -43,7 +43,7 @@ def methods(name, cls):
     """The public methods of a class, but those that override another's of jlora, which has the docstring."""
     above = [base for base in cls.__mro__[1:] if base.__module__.startswith("jlora")]
     own = [key for key, x in vars(cls).items() if not key.startswith("_") and inspect.isroutine(inspect.unwrap(x))]
-    return {f"{name}.{key}": getattr(cls, key) for key in own if not any(hasattr(base, key) for base in above)}
+    return {f"{name}.{key}": getattr(cls, key) for key in own if not any(key in vars(base) for base in above)}
 
 
 NAMES = public()

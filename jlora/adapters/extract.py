@@ -71,7 +71,8 @@ def extract(
     Raises:
       ValueError: if the trees differ in structure or shape, `spec` asks for what is no LoRA, a leaf differs that can't
         train, or as `jlora.wrap` does.
-      TypeError: if a tree is wrapped, or its values are not known, as under `jax.jit`.
+      TypeError: if a tree is wrapped, or its values are not known, as under `jax.jit`; or if `spec` is no
+        `jlora.LoraSpec`.
 
     Example:
       >>> import jax.numpy as jnp, jlora

@@ -91,7 +91,6 @@ class Pool:
 
     @property
     def tree(self) -> Any:
-        """The tree of all adapters now, for `jlora.adapters.batched`; `take` gives it with their numbers."""
         return self._tree
 
     def put(self, name: str, adapter: Any, **settings: Any) -> None:

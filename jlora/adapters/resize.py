@@ -51,7 +51,8 @@ def resize(tree: Any, rank: int) -> Any:
       The tree with updates of that rank; leaves trained in full, biases and rows of tables stay.
 
     Raises:
-      ValueError: if the rank is no positive integer.
+      ValueError: if the rank is no positive integer, or the tree is one half of `jlora.partition` or holds several
+        adapters.
       TypeError: if nothing in the tree is wrapped, or a node is neither LoRA nor DoRA.
 
     Example:

@@ -41,9 +41,10 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
       functions of trees.
 
     Raises:
-      TypeError: if none of the trees is wrapped.
+      TypeError: if none of the trees is wrapped, or `trees` is no list or tuple.
       ValueError: if the trees are on different bases, or their adapters of one kernel are of different kinds, axes, or
-        settings other than rank, scale, dropout and layers.
+        settings other than rank, scale, dropout and layers; if one is half of a tree, or holds several adapters
+        already.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora

@@ -159,7 +159,7 @@ def update(model: Adapted, tree: Any) -> None:
       tree: a wrapped tree of the same parameters.
 
     Raises:
-      TypeError: if nothing in the tree is wrapped.
+      TypeError: if the model is not adapted, or nothing in the tree is wrapped.
       ValueError: if the tree's paths or shapes are not those of the model's parameters.
 
     Example:

@@ -228,8 +228,7 @@ class Kernel:
 
         Returns:
           By name: ``lora_a`` of shape (batch..., in..., rank), ``lora_b`` of shape (batch..., rank, out...), and
-            ``start``
-          with a copy of both where they are parts of the kernel (PiSSA and its like).
+          ``start`` with a copy of both where they are parts of the kernel (PiSSA and its like).
 
         Raises:
           ValueError: if a function given as ``init`` returns other shapes, or the scale is not positive where it

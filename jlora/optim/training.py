@@ -71,8 +71,9 @@ def optimizer(
 
     Raises:
       TypeError: if `tx` is no transformation, or the arguments are swapped.
-      ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it;
-        from `update`, if gradients, state and parameters are not of one tree.
+      ValueError: if nothing in the tree trains, or the ratio is not a positive number, or no ``lora_b`` trains for it,
+        or a pattern of `train` matches no plain leaf; from `update`, if gradients, state and parameters are not of one
+        tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax

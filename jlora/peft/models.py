@@ -59,7 +59,7 @@ def to_safetensors(
       names: from PyTorch's names to the tree's, as of `jlora.peft.load`.
       sites: what `jlora.sites` found, for plain kernels of many axes, of which neither map nor node tells the parts.
       dtype: of the floating weights; None keeps each leaf's.
-      shard_bytes: the largest size of a file, unless one tensor is larger.
+      shard_bytes: the largest size of a file, in bytes, unless one tensor is larger.
       config: what other programs ask for beside the weights: the settings of ``config.json``, or the directory of a
         model, whose settings, tokenizer and texts are copied. `dtype` is told in ``config.json`` where that tells one.
 

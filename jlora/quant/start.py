@@ -46,7 +46,8 @@ def loftq(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = No
       The tree with other factors and, with more than one iteration, other bases of the same formats.
 
     Raises:
-      ValueError: if no node is a `LoraParam` on a quantised base, or `params` lacks the leaf of one.
+      ValueError: if no node is a `LoraParam` on a quantised base, `params` lacks the leaf of one, or `iterations` is no
+        positive integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora
@@ -67,8 +68,7 @@ def qpissa(tree: Any, params: Any, *, iterations: int = 1, niter: int | None = N
     """The principal part of each kernel in A and B, which train, and the rest, which has a smaller range, quantised.
 
     It changes the base, so that the adapter fits this base alone: keep the base (`jlora.unwrap`), or make it again by
-      the
-    same calls, which give the same bits.
+    the same calls, which give the same bits.
 
     Args:
       tree: a wrapped tree whose adapted bases are quantised.

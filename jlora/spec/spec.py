@@ -141,8 +141,8 @@ class LoraSpec:
           path: of the kernel.
 
         Returns:
-          The spec without overrides: those of the first pattern that matches are its settings; the spec itself if none
-            does.
+          The spec without overrides. The settings of the first pattern that matches are its own; where none matches it
+          is the spec itself.
 
         Example:
           >>> import jlora
