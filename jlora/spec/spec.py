@@ -34,15 +34,14 @@ class LoraSpec:
       number of names.
     * A pattern that begins with ``re:``, is compiled by `re.compile`, or has one of ``( ) | ^ $ +``, a backslash or
       ``.*`` in it, is a regular expression. It must match the whole path of a leaf or of a module.
-    * One that begins with ``module:`` is a regular expression for the dotted name of the module that holds the leaf, as
-      PEFT writes it: ``module:layers.0.query``. With ``module?:`` there may be none.
+    * One that begins with ``module:`` is a regular expression for the whole dotted name of the module that holds the
+      leaf, as PEFT writes it: ``module:.*layers.0.query``. With ``module?:`` there may be none.
 
     Args:
       targets: ``"all-linear"`` (every kernel of a linear layer, by the name of ``kernel`` or ``w`` where no `sites` are
         given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
-        ``logits_dense``), a pattern or a sequence of patterns over paths (see above), which
-        may have ``"all-linear"`` among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the
-        structure of the parameters.
+        ``logits_dense``), a pattern or a sequence of patterns over paths (see above), which may have ``"all-linear"``
+        among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
       exclude: patterns taken out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.
