@@ -55,6 +55,11 @@ def _check_plain(where: str, adapter: Adapter) -> None:
                 f"{where} has {what}, at {names[0]}: only low-rank updates are combined. Merge it into its base: jlora "
                 "merge"
             )
+    if adapter.form is not None:
+        raise ValueError(
+            f"{where} is of {adapter.form.method}: files of plain LoRA are combined. Load it onto its base, and "
+            "combine the trees with jlora.adapters.weighted"
+        )
     if adapter.start is not None:
         raise ValueError(
             f"{where} started from {adapter.start} and belongs to a base that this changed. Load it onto the base and "

@@ -91,7 +91,7 @@ def _finite_if_there(node: Any, number: Any, count: int) -> Any:
 
 def _bad(x: Any, number: Any, count: int) -> Any:
     """x, or NaN if there is no adapter of this number."""
-    return x if number is None else jnp.where(is_known(number, count), x, jnp.nan)
+    return x if number is None else jax.tree.map(lambda x: jnp.where(is_known(number, count), x, jnp.nan), x)
 
 
 def is_known(number: Any, count: int) -> Any:

@@ -64,6 +64,13 @@ class _Within(NamedTuple):
         """A field of all, with the axis of the adapters."""
         values = {i: getattr(node, f.name) for i, node in self.nodes.items()}
         trains, dims = f.metadata["trained"], f.metadata.get("dims", "")
+        absent = [isinstance(value, tuple) and not value for value in values.values()]
+        if not isinstance(dims, tuple) and all(absent):
+            return ()
+        if not isinstance(dims, tuple) and any(absent):
+            raise ValueError(
+                f"stack: of {self.path} some adapters have {f.name}, and others have none: give all the same options"
+            )
         if not isinstance(dims, tuple):
             return self.part(f.name, dims, trains, values)
         of_part = lambda n: {i: value[n] for i, value in values.items() if len(value) > n}

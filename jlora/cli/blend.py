@@ -79,7 +79,7 @@ def _read(given: argparse.Namespace) -> dict[str, Collected]:
     for number, source in enumerate(given.adapters, 1):
         path = adapter_at(source, revision=given.revision, cache_dir=given.cache_dir)
         tool = source_of(path, None)
-        collected = adapter_of(path, names if tool == "orbax" else None)
+        collected = adapter_of(path, names if tool == "orbax" else None, as_lora=True)
         if tool in FOREIGN:
             check_foreign(path, tool, collected, None)
         found[source if source not in found else f"{source} (adapter {number})"] = collected

@@ -71,7 +71,8 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError("--task-type is for PEFT's settings; an Orbax adapter has none")
     base = _base_at(given)
     named = base if tool in FOREIGN and given.to != "orbax" else None
-    collected = adapter_of(source, checked_names(given.names), component=given.component, base=named)
+    as_lora = given.to == "portable"
+    collected = adapter_of(source, checked_names(given.names), component=given.component, base=named, as_lora=as_lora)
     if tool in FOREIGN and given.to != "orbax":
         check_foreign(source, tool, collected, named)
     if collected.adapter.config:  # a file tells of no other modules: its model may have a head of its own

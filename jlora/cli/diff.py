@@ -17,7 +17,7 @@ from rich.table import Table
 
 from jlora.cli.inspect import norm
 from jlora.cli.sources import adapter_of, add_hub_arguments, checked_names
-from jlora.peft.adapter import EXPERTS, Adapter, Update
+from jlora.peft.adapter import EXPERTS, Adapter, Filed, Update
 from jlora.peft.remote import adapter_at
 
 
@@ -62,6 +62,8 @@ def differences(a: Adapter, b: Adapter) -> list[tuple[str, str, float]]:
 
 
 def _distance(a: Any, b: Any) -> tuple[str, float]:
+    if isinstance(a, Filed) or isinstance(b, Filed):
+        return _between_filed(a, b)
     if isinstance(a, Update):
         return _between(a, b)
     ids, x = a if isinstance(a, tuple) else ((), a)
@@ -69,6 +71,17 @@ def _distance(a: Any, b: Any) -> tuple[str, float]:
     if ids != others or x.shape != y.shape:
         return "other shapes or rows", np.inf
     return "values", _relative(x, y)
+
+
+def _between_filed(a: Any, b: Any) -> tuple[str, float]:
+    """Of modules of other methods than LoRA: how far their tensors are apart."""
+    method = lambda x: x.form.method if isinstance(x, Filed) else "LORA"
+    if method(a) != method(b):
+        return f"{method(a)} and {method(b)}", np.inf
+    shapes = [{name: x.shape for name, x in update.tensors.items()} for update in (a, b)]
+    if shapes[0] != shapes[1] or a.spec != b.spec:
+        return "other shapes or settings", np.inf
+    return "values", max(_relative(x, b.tensors[name]) for name, x in a.tensors.items())
 
 
 def _between(a: Update, b: Update) -> tuple[str, float]:

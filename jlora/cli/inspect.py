@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from jlora import checkpoint
 from jlora.cli.sources import adapter_of, add_hub_arguments, checked_names, is_orbax
-from jlora.peft.adapter import EXPERTS, Adapter, Update
+from jlora.peft.adapter import EXPERTS, Adapter, Filed, Update
 from jlora.peft.portable import portable
 from jlora.peft.remote import adapter_at
 from jlora.peft.tensors import are_finite
@@ -47,7 +48,7 @@ def run(given: argparse.Namespace) -> int:
     faults = [name for name, array in adapter.arrays() if not are_finite(array)]
     told = _told(given.directory, adapter, modules, faults)
     try:
-        portable(collected)
+        portable(adapter_of(at, checked_names(given.names), True, as_lora=True) if is_orbax(at) else collected)
         told["portable"] = "yes"
     except ValueError as error:
         told["portable"] = "no: " + str(error).split("this adapter has ")[-1].split(". ")[0]
@@ -58,7 +59,9 @@ def run(given: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _module(name: str, update: Update) -> dict[str, Any]:
+def _module(name: str, update: Update | Filed) -> dict[str, Any]:
+    if isinstance(update, Filed):
+        return _other_module(name, update)
     stack = update.kind == EXPERTS
     ins, outs = int(np.prod(update.a.shape[1 + stack :])), update.b.shape[-2]
     return {
@@ -70,6 +73,23 @@ def _module(name: str, update: Update) -> dict[str, Any]:
         "norm": norm(update),
         "parameters": sum(x.size for x in update.arrays.values()),
         "dtype": str(update.a.dtype),
+    }
+
+
+def _other_module(name: str, update: Filed) -> dict[str, Any]:
+    """A module of another method than LoRA: what its tensors tell, and its settings."""
+    uses = update.node.SETTINGS
+    ranks = {what: update.settings[peft] for peft, (what, _) in update.form.settings.items() if peft in update.settings}
+    rank, scale = (None, None) if update.spec is None else (update.spec.rank, update.spec.scale)
+    return {
+        "name": name,
+        "kind": update.kind,
+        "shape": list(update.form.sizes(update.tensors)),
+        "rank": (ranks.get("rank") or rank) if "rank" in uses else None,
+        "scale": scale if "alpha" in uses else None,
+        "norm": None,
+        "parameters": sum(x.size for x in update.arrays.values()),
+        "dtype": str(next(iter(update.tensors.values())).dtype),
     }
 
 
@@ -86,7 +106,7 @@ def _told(
 ) -> dict[str, Any]:
     arrays = [array for _, array in adapter.arrays()]
     config = adapter.config
-    method = "DoRA" if adapter.is_dora else "LoRA"
+    method = adapter.form.method if adapter.form is not None else "DoRA" if adapter.is_dora else "LoRA"
     return {
         "adapter": directory,
         "method": f"{method}, rsLoRA" if config.get("use_rslora") else method,
@@ -125,19 +145,22 @@ def _table(modules: Sequence[Mapping[str, Any]]) -> Table:
     for module in modules:
         groups[within(module["name"])].append(module)
     for name, group in sorted(groups.items()):
-        norms = [module["norm"] for module in group]
+        norms = [module["norm"] for module in group if module["norm"] is not None] or [math.nan]
         norm_text = f"{norms[0]:.3g}" if len(group) == 1 else f"{min(norms):.3g} to {max(norms):.3g}"
+        norm_text = "" if math.isnan(norms[0]) else norm_text
+        scales = {f"{m['scale']:.4g}" for m in group if m["scale"] is not None}
         shapes = {_arrow(module["shape"]) for module in group}
         table.add_row(
-            name, str(len(group)), _some(shapes), _some({m["rank"] for m in group}),
-            _some({f"{m['scale']:.4g}" for m in group}), norm_text,
+            name, str(len(group)), _some(shapes), _some({m["rank"] for m in group if m["rank"] is not None}),
+            _some(scales), norm_text,
         )  # fmt: skip
     return table
 
 
 def _arrow(shape: Sequence[int]) -> str:
     *stack, ins, outs = shape
-    return "".join(f"{n} x " for n in stack) + f"{ins} -> {outs}"
+    told = lambda n: "any" if n is None else n
+    return "".join(f"{n} x " for n in stack) + f"{told(ins)} -> {told(outs)}"
 
 
 def _some(values: Iterable[Any]) -> str:

@@ -54,6 +54,7 @@ def adapter_of(
     component: str | None = None,
     base: Path | None = None,
     allow_edited: bool = False,
+    as_lora: bool = False,
 ) -> Collected:
     """An adapter under PyTorch's names.
 
@@ -64,9 +65,10 @@ def adapter_of(
       component: which of the adapters in a file of an image model's.
       base: the model's safetensors, for the names that another tool's file does not tell.
       allow_edited: take settings that are not those of the save of the weights.
+      as_lora: of an Orbax adapter: low-rank variants as plain LoRA of the same function.
     """
     if is_orbax(path):
-        return collect(checkpoint.load_abstract(path), names)
+        return collect(checkpoint.load_abstract(path), names, as_lora=as_lora)
     adapter = read_any(path, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
     known = dict.fromkeys(adapter.updates, True) | {name: name.endswith(".weight") for name in adapter.full}
     if base is not None:

@@ -15,7 +15,7 @@ from jax import lax
 from jlora.interpret import compat
 from jlora.interpret.bilinear import bilinear
 from jlora.interpret.ends import Ends
-from jlora.interpret.factored import Factored, Tracked, product, whole
+from jlora.interpret.factored import Factored, Stride, Tracked, product, whole
 from jlora.interpret.gain import scaled_by
 from jlora.interpret.groups import dot_of, middle_of, precision_of, preferred_of
 from jlora.interpret.interpreter import DECLINED, Interpreter
@@ -119,7 +119,7 @@ def _unfilled(picked: Factored, weight: Factored, lookup: Lookup, inside: Any, i
     What flows back from there is nothing to the factors either, be it no number.
     """
 
-    def unfilled(factor: Any, given: Any, role: str, stride: int | None) -> Any:
+    def unfilled(factor: Any, given: Any, role: str, stride: Stride | None) -> Any:
         if role == "gain":
             return jnp.where(inside, factor, 1)
         if role == "turn":

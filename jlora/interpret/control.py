@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlora.interpret import compat
-from jlora.interpret.factored import Factored, Tracked
+from jlora.interpret.factored import Factored, Tracked, steps
 from jlora.interpret.interpreter import Interpreter
 from jlora.interpret.laid import Laid, laid_out, sliceable, step
 from jlora.interpret.places import entries, names, of_factor
@@ -246,7 +246,7 @@ def _cuts(value: Any, spec: Any, mesh: Any) -> bool:
         return False
     along = names(entries(spec, value.ndim)[value.turned_axis])
     shard = value.base.shape[value.turned_axis] // math.prod(mesh.shape[name] for name in along)
-    return bool(along) and any(shard % (rows.shape[-1] * stride) for rows, stride in value.turns)
+    return bool(along) and any(shard % (rows.shape[-1] * steps(stride)[0]) for rows, stride in value.turns)
 
 
 def _accounted(value: Any, spec: Any) -> Any:

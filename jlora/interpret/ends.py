@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jlora.interpret.factored import Factored, turned, whole
+from jlora.interpret.factored import Factored, Stride, turned, whole
 from jlora.interpret.gain import scaled_by
 from jlora.interpret.products import Labels, cast, computing
 
@@ -66,7 +66,7 @@ class Ends:
         labels = tuple(self.ws[axis] for axis in self.weight.owned(gain))
         return scaled_by(x, xs, whole(self.weight, gain)[..., 0], labels, keeps_result)
 
-    def _turned(self, x: Any, xs: Labels, rows: Any, stride: int, transpose: bool = False) -> Any:
+    def _turned(self, x: Any, xs: Labels, rows: Any, stride: Stride, transpose: bool = False) -> Any:
         labels = tuple(self.ws[axis] for axis in self.weight.owned(rows))
         at = self.ws[self.weight.turned_axis or 0]
         return turned(x, xs, whole(self.weight, rows), labels, at, stride, transpose=transpose)

@@ -16,6 +16,8 @@ from jlora.interpret.laid import laid_out
 from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, uncut, wide
 from jlora.interpret.quantised import array_of
 
+Stride = int | tuple[int, int]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tracked:
@@ -81,7 +83,8 @@ class Factored(Tracked):
       name: path of the leaf that it came from.
       scale, dropout: s, and the dropout's rate.
       roles: of the factors.
-      strides: for each turn, the distance between the elements of one block.
+      strides: for each turn, the distance between the elements of one block; or (stride, run), where a block is made of
+        runs of so many elements side by side, and their distance is so many runs.
       tap: a function that the product with a passes through on its way to b, or None.
       keeps_result: as in `gained`.
       rows: of a batch, each with an adapter of its own, inside a `jax.vmap` over them; 0: there is none.
@@ -101,7 +104,7 @@ class Factored(Tracked):
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(default=("a", "b"), metadata={"static": True})
-    strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    strides: tuple[Stride, ...] = dataclasses.field(default=(), metadata={"static": True})
     tap: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata={"static": True})
     keeps_result: bool = dataclasses.field(default=False, metadata={"static": True})
     rows: int = dataclasses.field(default=0, metadata={"static": True})
@@ -118,7 +121,7 @@ class Factored(Tracked):
         return next((f for f, role in zip(self.factors, self.roles, strict=True) if role == "gain"), None)
 
     @property
-    def turns(self) -> list[tuple[Any, int]]:
+    def turns(self) -> list[tuple[Any, Stride]]:
         """The input transforms, each with its stride."""
         rows = [f for f, role in zip(self.factors, self.roles, strict=True) if role == "turn"]
         return list(zip(rows, self.strides, strict=True))
@@ -198,11 +201,12 @@ class Factored(Tracked):
     def alone(self) -> Factored:
         return self.unmerged().chosen()
 
-    def no_turn(self, size: int, stride: int) -> jax.Array:
+    def no_turn(self, size: int, stride: Stride) -> jax.Array:
         """The rows of a turn that turns nothing: those of the identity."""
         axis = self.turned_axis or 0
-        n = self.base.shape[axis]
-        rows = np.eye(size, dtype=np.float32)[np.arange(n) // stride % size]
+        n, (step, run) = self.base.shape[axis], steps(stride)
+        places = np.arange(n)
+        rows = np.eye(size, dtype=np.float32)[places // (step * run) % (size // run) * run + places % run]
         return jnp.asarray(rows.reshape([n if i == axis else 1 for i in range(self.ndim)] + [size]))
 
 
@@ -248,7 +252,7 @@ def gained(weight: Factored, gain: Any, *, keeps_result: bool = False) -> Factor
     return weight.replace(factors=(*weight.factors, gain), roles=(*weight.roles, "gain"), keeps_result=keeps_result)
 
 
-def turned_by(weight: Factored, axis: int, turns: Sequence[Any], strides: Sequence[int]) -> Factored:
+def turned_by(weight: Factored, axis: int, turns: Sequence[Any], strides: Sequence[Stride]) -> Factored:
     """The weight with its inputs turned: multiplied from the in side by a product of block-diagonal matrices.
 
     Args:
@@ -307,22 +311,30 @@ def whole(weight: Tracked, factor: Any) -> Any:
     return reshaped(factor, [*(factor.shape[axis] for axis in owned), factor.shape[-1]])
 
 
-def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, transpose: bool = False) -> Any:
+def steps(stride: Stride) -> tuple[int, int]:
+    """The distance between the runs of one block, in runs, and the elements of a run."""
+    return stride if isinstance(stride, tuple) else (stride, 1)
+
+
+def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: Stride, *, transpose: bool = False) -> Any:
     """``sum_i x_i R_ij`` on the axis labelled `at`, or ``sum_j R_ij x_j`` if `transpose`, with a block-diagonal R.
 
-    The axis of n elements is seen as (n / (size * stride), size, stride); a block mixes the elements of the middle.
+    The axis of n elements is seen as (n / (size * stride), size / run, stride, run); a block mixes the elements of the
+    second and of the last.
 
     Args:
       x: with an axis for each label of `xs`.
       rows: an axis for each label of `rs`, all of which are in `xs`, and the size of a block.
     """
-    size, given = rows.shape[-1], x
+    size, given, (step, run) = rows.shape[-1], x, steps(stride)
     place = xs.index(at)
-    x = uncut(x, place, x.shape[place] // (size * stride))
+    x = uncut(x, place, x.shape[place] // (size * step))
+    ends = ("", "'") if run > 1 else ("",)  # of the names of what a block mixes: runs, and elements within one
 
     def split(array: Any, labels: Labels, within: str) -> tuple[Any, Labels]:
-        blocks = lambda n: (n // (size * stride), size, stride)
-        parts = [(blocks(n), ("block", within, "step")) if label == at else ((n,), (label,))
+        blocks = lambda n: (n // (size * step), size // run, step, run)[: 2 + len(ends)]
+        names = ("block", within, "step", f"{within}'")[: 2 + len(ends)]
+        parts = [(blocks(n), names) if label == at else ((n,), (label,))
                  for n, label in zip(array.shape, labels, strict=False)]  # fmt: skip
         shape = [n for part, _ in parts for n in part] + list(array.shape[len(labels) :])
         return array.reshape(shape), tuple(label for _, names in parts for label in names)
@@ -330,5 +342,8 @@ def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: int, *, t
     before, after = ("column", "row") if transpose else ("row", "column")
     seen, labels = split(x, xs, before)
     rows, row_labels = split(cast(rows, x.dtype), rs, "row")
-    out = tuple(after if label == before else label for label in labels)
-    return placed_as(contract(seen, labels, rows, (*row_labels, "column"), out).reshape(x.shape), given)
+    rows = rows.reshape(*rows.shape[:-1], *((size // run, run) if run > 1 else (size,)))
+    renamed = {f"{before}{end}": f"{after}{end}" for end in ends}
+    out = tuple(renamed.get(label, label) if isinstance(label, str) else label for label in labels)
+    columns = tuple(f"column{end}" for end in ends)
+    return placed_as(contract(seen, labels, rows, (*row_labels, *columns), out).reshape(x.shape), given)

@@ -18,6 +18,7 @@ import numpy as np
 from jlora.interpret.factored import Factored
 from jlora.interpret.laid import Laid, laid_out
 from jlora.nodes.fields import GROUPS, trained
+from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.qarray import is_qarray
 
@@ -50,6 +51,7 @@ class AdaptedParam(abc.ABC):
       LINEAR: the fields in which its update is linear (``start.1`` is the second array of one that holds a tuple).
         With them zero it changes nothing, and ranks of zeros add nothing: so adapters of other ranks and scales can be
         stacked (`jlora.adapters.stack`).
+      FORM: how PEFT's files hold it, if PEFT has it.
 
     Example:
       >>> import dataclasses, jax, jax.numpy as jnp, jlora
@@ -78,6 +80,7 @@ class AdaptedParam(abc.ABC):
     SETTINGS: ClassVar[tuple[str, ...]] = ("rank", "alpha", "scaling", "init", "dropout")
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
     LINEAR: ClassVar[tuple[str, ...]] = ()
+    FORM: ClassVar[Form | None] = None
 
     base: Any
 

@@ -198,7 +198,7 @@ def save(
       ...     sorted(os.listdir(directory))
       ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    collected = collect(tree, names)
+    collected = collect(tree, names, as_lora=portable)
     if not allow_nonfinite:
         check_finite("peft.save", collected.adapter)
     write(Path(directory), _portable(collected) if portable else collected, base_model, task_type)

@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jlora.nodes.form import Form
+from jlora.nodes.kernel import KernelSpec
+from jlora.nodes.node import AdaptedParam
+
 LINEAR, EMBEDDING, CONV, EXPERTS = "linear", "embedding", "conv", "experts"
 
 
@@ -43,6 +47,39 @@ class Update:
 
 
 @dataclasses.dataclass(frozen=True)
+class Filed:
+    """What the files of another method than LoRA hold of one module.
+
+    Args:
+      tensors: by the end of their names in the file.
+      node: the class of the variant.
+      spec: the settings for this module, where it was read.
+      settings: by PEFT's names, where it is to be written.
+      shared: the tensors that all modules have in common, by their names.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    node: type[AdaptedParam]
+    spec: KernelSpec | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    kind = LINEAR  # or a convolution, which its tensors do not tell
+    magnitude = bias = None
+
+    @property
+    def form(self) -> Form:
+        """How the files hold it."""
+        assert self.node.FORM is not None
+        return self.node.FORM
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that are the module's own."""
+        return dict(self.tensors)
+
+
+@dataclasses.dataclass(frozen=True)
 class Adapter:
     """What an adapter's files hold, by PyTorch's names of modules and parameters.
 
@@ -55,9 +92,10 @@ class Adapter:
       conv1d: whether 2-D weights are (in, out), as in GPT-2; None: not said.
       start: the initialisation, where it has changed the base (``"pissa"``, ``"olora"``); None otherwise.
       config: the settings, as read.
+      form: of the files, if they are those of another method than LoRA; then `updates` has `Filed`s.
     """
 
-    updates: Mapping[str, Update]
+    updates: Mapping[str, Any]
     full: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokens: Mapping[str, tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
     bases: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -65,6 +103,7 @@ class Adapter:
     conv1d: bool | None = None
     start: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: Form | None = None
 
     @property
     def is_dora(self) -> bool:
@@ -74,5 +113,7 @@ class Adapter:
         """All arrays that were trained, each with a name for messages."""
         for name, update in self.updates.items():
             yield from ((f"{part} of {name}", x) for part, x in update.arrays.items())
+        if self.form is not None and self.updates:
+            yield from next(iter(self.updates.values())).shared.items()
         yield from self.full.items()
         yield from ((f"rows of {name}", rows) for name, (_, rows) in self.tokens.items())

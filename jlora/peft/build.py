@@ -18,8 +18,8 @@ from jlora.nodes.checks import check_made
 from jlora.nodes.kernel import Kernel, KernelSpec
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.nodes.qarray import codes, dense, is_qarray
-from jlora.peft import layout
-from jlora.peft.adapter import EMBEDDING, LINEAR, Adapter, Update
+from jlora.peft import fielded, layout
+from jlora.peft.adapter import EMBEDDING, LINEAR, Adapter, Filed, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.orient import Orientation, how_to_say, of_whole
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
@@ -50,6 +50,8 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     base, adapter = tree.leaves[path], tree.adapter
     words, fixed = _words(path, pieces, tree), fixed_axes(path, pieces)
     axes = _axes(words, fixed, len(base.shape))
+    if isinstance(pieces[0].value, Filed):
+        return _placed(path, dataclasses.replace(fielded.adapted(path, pieces, words, axes, base.shape), base=base))
     told = layout.kind_of(pieces[0].name, path, words)
     if told != pieces[0].value.kind and EMBEDDING in (told, pieces[0].value.kind):
         axes = of_use(axes, told != EMBEDDING)
@@ -80,7 +82,8 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
 def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
     """Which axes of the parts of a leaf are in, out and stacked: as traced, as the map says, or by their sizes."""
     (name, slot, update), shape = pieces[0], tree.leaves[path].shape
-    sizes = Sizes.of_update(update, slot)
+    is_filed = isinstance(update, Filed)
+    sizes = fielded.sizes_of(update) if is_filed else Sizes.of_update(update, slot)
     if path in tree.axes:
         words = layout.words_of(slot, tree.axes[path])
         fits = [words] if layout.is_fitting(words, slot.sizes(shape), sizes) else []
@@ -88,7 +91,8 @@ def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
         fits = layout.fitting(slot, shape, sizes, tree.orientation.in_first(name, slot, update.kind))
     if len(fits) == 1:
         return fits[0]
-    factors = f"peft.load: {name} has factors {update.a.shape} and {update.b.shape}"
+    shapes = [x.shape for x in (update.tensors.values() if is_filed else (update.a, update.b))]
+    factors = f"peft.load: {name} has factors {' and '.join(map(str, shapes))}"
     is_matrix = len(slot.sizes(shape)) == 2
     if not fits:
         is_other = is_matrix and path not in tree.axes and layout.fitting(slot, shape, sizes, None)

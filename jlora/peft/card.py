@@ -23,6 +23,16 @@ _OWN = re.compile(re.escape(_MARK).replace(r"\{\}", "([0-9a-f]{64})").encode())
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
+_NAMES = {
+    "ADALORA": "AdaLoRA",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "IA3": "IA3",
+    "VERA": "VeRA",
+}  # as their papers have them
+_PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+
+
 class Task(NamedTuple):
     """What an adapter is for: Transformers' class of such models, and the Hub's name of such pipelines."""
 
@@ -92,7 +102,7 @@ def _task(settings: Mapping[str, Any]) -> Task:
 def _front(settings: Mapping[str, Any]) -> list[str]:
     """The metadata, in YAML, whose strings may be JSON's."""
     base, pipeline = _base(settings), _task(settings).pipeline
-    tags = [*([f"base_model:adapter:{base}"] if base else []), "lora"]
+    tags = [*([f"base_model:adapter:{base}"] if base else []), settings["peft_type"].lower()]
     return [
         "---",
         *([f"base_model: {json.dumps(base)}"] if base else []),
@@ -106,21 +116,39 @@ def _front(settings: Mapping[str, Any]) -> list[str]:
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
     base = _base(settings)
-    method = "DoRA" if settings["use_dora"] else "LoRA"
+    method = _method(settings)
     told = {
-        "Method": f"{method} with rsLoRA's scale" if settings["use_rslora"] else method,
-        "Rank": f"{settings['r']}{_some(settings['rank_pattern'])}",
-        "Alpha": f"{settings['lora_alpha']:g}{_some(settings['alpha_pattern'])}",
-        "Dropout at training": f"{settings['lora_dropout']:g}",
+        "Method": f"{method} with rsLoRA's scale" if settings.get("use_rslora") else method,
+        **(_of_lora(settings) if settings["peft_type"] == "LORA" else _of_others(settings)),
         "Targets": _named(settings["target_modules"]),
-        "Target parameters": _named(settings["target_parameters"]),
-        "Biases": None if settings["bias"] == "none" else _named([settings["bias"]]),
+        "Target parameters": _named(settings.get("target_parameters")),
+        "Biases": None if settings.get("bias", "none") == "none" else _named([settings["bias"]]),
         "Trained in full": _named(settings["modules_to_save"]),
-        "Tables with trained rows": _named(settings["trainable_token_indices"]),
+        "Tables with trained rows": _named(settings.get("trainable_token_indices")),
         "Task": _named([settings["task_type"]] if settings["task_type"] else None),
     }
     of = f" of [{base}](https://huggingface.co/{base})" if base else ""
     return [f"# {method} adapter{of}", "", *(f"- {name}: {text}" for name, text in told.items() if text)]
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    if settings["peft_type"] == "LORA":
+        return "DoRA" if settings["use_dora"] else "LoRA"
+    return str(_NAMES.get(settings["peft_type"], settings["peft_type"]))
+
+
+def _of_lora(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "Rank": f"{settings['r']}{_some(settings['rank_pattern'])}",
+        "Alpha": f"{settings['lora_alpha']:g}{_some(settings['alpha_pattern'])}",
+        "Dropout at training": f"{settings['lora_dropout']:g}",
+    }
+
+
+def _of_others(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers among the settings of another method, by PEFT's names."""
+    numbers = {name: x for name, x in settings.items() if type(x) in (int, float)}
+    return {f"`{name}`": f"{x:g}{_some(settings.get(_PATTERNS.get(name, ''), {}))}" for name, x in numbers.items()}
 
 
 def _some(pattern: Mapping[str, Any]) -> str:
@@ -170,7 +198,8 @@ def _loading(settings: Mapping[str, Any]) -> list[str]:
 
 def _serving(settings: Mapping[str, Any], base: str) -> list[str]:
     """How vLLM serves the adapter, which takes low-rank updates of one rank and one scale."""
-    rank = next((rank for rank in _VLLM_RANKS if rank >= settings["r"]), None)
+    is_lora = settings["peft_type"] == "LORA"
+    rank = next((rank for rank in _VLLM_RANKS if is_lora and rank >= settings["r"]), None)
     others = "use_dora lora_bias rank_pattern alpha_pattern target_parameters modules_to_save trainable_token_indices"
     if rank is None or settings["bias"] != "none" or any(settings[name] for name in others.split()):
         return [

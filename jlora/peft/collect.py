@@ -13,9 +13,11 @@ import numpy as np
 
 from jlora.convert import plain
 from jlora.nodes.axes import Axes
+from jlora.nodes.fields import GROUPS, leaf_fields
+from jlora.nodes.form import Form
 from jlora.nodes.node import TrainableParam, is_node
-from jlora.peft import layout
-from jlora.peft.adapter import EXPERTS, LINEAR, Adapter, Update
+from jlora.peft import fielded, layout
+from jlora.peft.adapter import EXPERTS, LINEAR, Adapter, Filed, Update
 from jlora.peft.layout import Part
 from jlora.peft.maps import resolved
 from jlora.peft.names import Entry, Slot, leaf_shapes, slots_of
@@ -50,8 +52,14 @@ class Collected:
     is_all_known: bool = True
 
 
-def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
-    """Takes the adapter out of a wrapped tree; arguments and errors as of `jlora.peft.save`."""
+def collect(tree: Any, names: str | Sequence[Entry] | None = None, *, as_lora: bool = False) -> Collected:
+    """Takes the adapter out of a wrapped tree; arguments and errors as of `jlora.peft.save`.
+
+    Args:
+      tree: the tree.
+      names: the map.
+      as_lora: whether other variants are written as plain LoRA too, where they are low-rank.
+    """
     if not has_nodes(tree):
         raise TypeError("peft.save takes a tree that jlora.wrap or jlora.peft.load returned; no leaf of it is wrapped")
     paths, leaves, _ = flatten(tree, is_node)
@@ -75,11 +83,13 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None) -> Collected:
     full = dict(_full(of(TrainableParam), places))
     others = (TrainableParam, LoraBiasParam, TokensParam)
     kernels = {path: node for path, node in nodes.items() if not isinstance(node, others)}
-    updates = _with_biases(dict(_updates(kernels, places)), dict(_biases(of(LoraBiasParam), places)))
+    form = None if as_lora else _form(kernels, places)
+    adapted: Iterator[Any] = _filed(kernels, places) if form is not None else _updates(kernels, places)
+    updates = _with_biases(dict(adapted), dict(_biases(of(LoraBiasParam), places)))
     tokens = dict(_rows(of(TokensParam), places))
     dropout = max((getattr(node, "dropout", 0.0) for node in kernels.values()), default=0.0)
     turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]
-    adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned))
+    adapter = Adapter(updates, full, tokens, dropout=dropout, conv1d=any(turned), form=form)
     known = {name: _is_kernel(found[0]) for name, found in slots.items()}
     siblings = dict(_siblings({name: kernels[slots[name][0].path] for name in updates}, slots, by_path))
     return Collected(adapter, known, dict(_beside(full, updates, slots, by_path)), siblings)
@@ -106,6 +116,41 @@ def _is_conv1d(name: str, slot: Slot, node: Any) -> bool:
     return slot.is_native and words == ("in", "out") and layout.kind_of(name, slot.path, words, node.axes) == LINEAR
 
 
+def _form(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Form | None:
+    """How PEFT's files hold all of the nodes as what they are; None: as plain LoRA of the same function, if at all."""
+    forms = {id(node.FORM): node.FORM for node in nodes.values()}
+    form = next(iter(forms.values()), None)
+    if form is None or len(forms) > 1 or any(node.FORM.method != form.method for node in nodes.values()):
+        return None
+    slots = [(path, name, slot) for path in nodes for name, slot in places[path]]
+    return form if all(fielded.fits(name, slot, nodes[path]) for path, name, slot in slots) else None
+
+
+def _filed(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Filed]]:
+    """The modules of another method than LoRA."""
+    for path, node in nodes.items():
+        _check_values(path, node)
+        for name, slot in places[path]:
+            if _is_adapted(node, slot):
+                arrays = {field.name: getattr(node, field.name) for field in leaf_fields(node) if field.name != "base"}
+                dims = {field.name: field.metadata.get("dims", "") for field in leaf_fields(node)}
+                host = {
+                    name: _part_of(x, dims[name], slot, node) for name, x in arrays.items() if not isinstance(x, tuple)
+                }
+                yield name, fielded.filed(name, slot, node, host)
+
+
+def _part_of(x: Any, dims: str, slot: Slot, node: Any) -> np.ndarray:
+    """A field of a node at a slot's place."""
+    groups = [getattr(node.axes, f"{word}_axis") if word in GROUPS else (None,) for word in dims.split()]
+    return _taken(np.asarray(x, np.float32), groups, slot, node.axes, getattr(node, "layers", None))
+
+
+def _check_values(path: str, node: Any) -> None:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(partition({path: node})[0])):
+        raise ValueError(f"peft.save: the factors of {path} are abstract: there are no values to save")
+
+
 def _updates(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Update]]:
     parts: dict[str, list[tuple[Slot, Update]]] = collections.defaultdict(list)
     for path, node in nodes.items():
@@ -119,8 +164,7 @@ def _updates(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Ite
 
 def _fields(path: str, node: Any) -> dict[str, Any]:
     """The arrays of a node as those of plain LoRA or DoRA, and its scale."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(partition({path: node})[0])):
-        raise ValueError(f"peft.save: the factors of {path} are abstract: there are no values to save")
+    _check_values(path, node)
     if not isinstance(node, (LoraParam, DoraParam)):
         node = plain("peft.save", path, node)
     lora_a, lora_b = from_start(node)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+from jlora.nodes.form import Form
 from jlora.spec import LoraSpec, modules
+from jlora.spec.methods import METHODS, SCHEDULE
 from jlora.targets.layers import layer_of
 from jlora.targets.patterns import is_of_modules, matcher
 
@@ -17,11 +19,18 @@ STARTS = ("pissa", "olora")
 NEUTRAL = (None, True, False, "true", "gaussian", "orthogonal", "eva")
 _START_SETTINGS = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "task_type")
 _REPLACED = "rank_pattern", "alpha_pattern"
+# of other methods: how they started, how they are to be trained, and what the tensors tell
+_UNSAID = {
+    "ADALORA": f"{SCHEDULE} r rank_pattern",
+    "OFT": "r",
+    "LOKR": "decompose_both",
+}
+_STARTS = "init_weights init_lora_weights init_ia3_weights init_logits_std init_vector_bank_bound task_type"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of an adapter of LoRA or DoRA.
+    """The settings of an adapter.
 
     Args:
       data: as the file has them.
@@ -33,12 +42,13 @@ class Config:
     data: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if missing := [name for name in ("peft_type", "r", "lora_alpha") if self.data.get(name) is None]:
+        needed = ("peft_type", "r", "lora_alpha") if self.data.get("peft_type", "LORA") == "LORA" else ()
+        if missing := [name for name in needed if self.data.get(name) is None]:
             raise ValueError(f"the settings lack {' and '.join(missing)}")
-        if self.data["peft_type"] != "LORA":
+        if not isinstance(self.data["peft_type"], str) or self.data["peft_type"] not in METHODS:
             raise ValueError(
-                f"peft_type is {self.data['peft_type']!r}; files of LORA (with DoRA and rsLoRA) are read. Merge it in "
-                "PEFT, or train that variant with LoraSpec.from_peft"
+                f"peft_type is {self.data['peft_type']!r}; files of {', '.join(METHODS)} are read. Merge the adapter "
+                "in PEFT, into its base"
             )
         given = self.data.get("trainable_token_indices") or []
         for name, ids in given.items() if isinstance(given, Mapping) else [("embed_tokens", given)]:
@@ -53,6 +63,8 @@ class Config:
         is_off = lambda name, value: (
             name not in ("r", "lora_alpha") and (value is None or value is False or value == {})
         )
+        if not self.is_lora:
+            return self._other_spec(is_off)
         known = (*_START_SETTINGS, *_REPLACED)
         kept = {name: x for name, x in self.data.items() if name not in known and not is_off(name, x)}
         targets = self.data.get("target_modules") or self.data.get("target_parameters") or self._others()
@@ -68,13 +80,29 @@ class Config:
             raise ValueError("rank_pattern and alpha_pattern must map patterns of modules' names to numbers")
         return dataclasses.replace(spec, overrides=modules.overrides(*patterns))
 
+    def _other_spec(self, is_off: Callable[[str, Any], bool]) -> LoraSpec:
+        """The settings of another method than LoRA, but for its start and its schedule."""
+        method = self.data["peft_type"]
+        unsaid, own = f"{_STARTS} {_UNSAID.get(method, '')}".split(), METHODS[method].names.split()
+        kept = {n: x for n, x in self.data.items() if n not in unsaid and (n in own or not is_off(n, x))}
+        return LoraSpec.from_peft(kept | ({} if self.data.get("target_modules") else {"target_modules": ["."]}))
+
+    @property
+    def is_lora(self) -> bool:
+        return self.data["peft_type"] == "LORA"
+
+    @property
+    def form(self) -> Form | None:
+        """How the files of another method than LoRA hold a module."""
+        return None if self.is_lora else self.spec.node.FORM
+
     def _others(self) -> bool:
         return bool(self.data.get("modules_to_save") or self.data.get("trainable_token_indices"))
 
     @cached_property
     def start(self) -> str | None:
         """The initialisation, where it has changed the base that the adapter belongs to."""
-        given = self.data.get("init_lora_weights")
+        given = self.data.get("init_lora_weights") if self.is_lora else None
         name = given.lower() if isinstance(given, str) else given
         if name in NEUTRAL:
             return None

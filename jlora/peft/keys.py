@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from jlora.nodes.form import Form
+
 PREFIX = "base_model.model."
+SHARED = "base_model."  # before tensors that all modules have in common
 TOKENS = "token_adapter.trainable_tokens_delta"
 _ROLES = {
     "lora_A.weight": "a",
@@ -40,6 +43,17 @@ _OTHERS = {
 }
 
 
+# What names of tensors begin with, by the methods.
+_OWN = (
+    "lora|ia3|hada|lokr|oft|vera|boft|randlora|fourierft|waveft|shira|miss|c3a|hra|road|delora|hira|gralora|vblora"
+    "|pvera"
+)
+
+
+def _whose(form: Form | None) -> str:
+    return "" if form is None else f" of {form.method}, whose tensors are {', '.join([*form.tensors, *form.shared])}"
+
+
 class Key(NamedTuple):
     """A tensor of an adapter's file.
 
@@ -53,8 +67,12 @@ class Key(NamedTuple):
     role: str
 
 
-def parse(key: str) -> Key:
+def parse(key: str, form: Form | None = None) -> Key:
     """Reads a tensor's name.
+
+    Args:
+      key: the name.
+      form: of the file, if it is that of another method than LoRA: then the roles are the ends of the names.
 
     Raises:
       ValueError: if it is none that PEFT writes.
@@ -67,7 +85,10 @@ def parse(key: str) -> Key:
     if name == key or len(key) > 1000 or not NAME.fullmatch(name):
         whose = next((f": it is {tool}" for tool, pattern in _OTHERS.items() if pattern.fullmatch(key[:1000])), "")
         raise ValueError(f"the tensor {key[:200]!r} is none of PEFT's, whose names begin with {PREFIX!r}{whose}")
-    if match := _SUFFIX.fullmatch(name):
+    if form is not None:
+        if found := next((end for end in form.tensors if name.endswith(f".{end}")), None):
+            return Key(name.removesuffix(f".{found}"), found)
+    elif match := _SUFFIX.fullmatch(name):
         return Key(match[1], _ROLES[match[2]])
     if match := _ECHO.fullmatch(name):
         return Key(f"{match[1]}.{match[3]}", f"echo of {match[2]}")
@@ -76,6 +97,6 @@ def parse(key: str) -> Key:
             f"the tensor {key[:200]!r} has the adapter's name {match[1]!r} in it, as a model's own state_dict has; "
             "write the adapter by model.save_pretrained, or take that name out of the keys"
         )
-    if re.search(r"(^|\.)(lora|ia3|hada|lokr|oft|vera|boft)_", name):
-        raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows")
+    if re.search(rf"(^|\.)({_OWN})_", name):
+        raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows{_whose(form)}")
     return Key(name.replace(".base_layer.", "."), "full")

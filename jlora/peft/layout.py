@@ -74,11 +74,11 @@ def words_of(slot: Slot, axes: Axes) -> Words:
 
 
 class Sizes(NamedTuple):
-    """What a module maps to what: the sizes that its part of a leaf must have."""
+    """What a module maps to what: the sizes that its part of a leaf must have; None: any."""
 
     kind: str
-    ins: int
-    outs: int
+    ins: int | None
+    outs: int | None
     stacked: tuple[int, ...] = ()
 
     @classmethod
@@ -121,8 +121,8 @@ def is_fitting(words: Words, left: Sequence[int], sizes: Sizes) -> bool:
     """Whether axes of these sizes, with these words, are those of a module."""
     stacked = tuple(n for w, n in zip(words, left, strict=True) if w == "batch")
     are_there = {"in", "out"} <= {*words}
-    products = _product(words, left, "in"), _product(words, left, "out")
-    return are_there and stacked == sizes.stacked and products == (sizes.ins, sizes.outs)
+    pairs = ((_product(words, left, "in"), sizes.ins), (_product(words, left, "out"), sizes.outs))
+    return are_there and stacked == sizes.stacked and all(known in (None, found) for found, known in pairs)
 
 
 def _product(words: Words, sizes: Sequence[int], word: str) -> int:

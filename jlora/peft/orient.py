@@ -12,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-from jlora.peft.adapter import EMBEDDING, EXPERTS, LINEAR, Adapter
+from jlora.peft.adapter import EMBEDDING, EXPERTS, LINEAR, Adapter, Filed
 from jlora.peft.names import Slot
 
 # The modules of Transformers' GPT-2 and its like that are a `Conv1D`; other models have linear layers of these names.
@@ -132,6 +132,9 @@ class Orientation:
         sizes, update = self._sizes(name), self._adapter.updates.get(name)
         if sizes is None or update is None or update.kind != LINEAR:
             return None
+        if isinstance(update, Filed):
+            known = [n for n in update.form.sizes(update.tensors) if n is not None]
+            return known == list(sizes) if len(known) == 2 else None
         return (update.a.shape[-1], update.b.shape[-2] // (self._slots[name][0].part or (0, 1))[1]) == sizes
 
     def _of_experts(self, name: str) -> bool | None:

@@ -46,6 +46,11 @@ def portable(collected: Collected) -> Collected:
 
 
 def _check(adapter: Adapter, known: Mapping[str, bool]) -> None:
+    if adapter.form is not None:
+        raise ValueError(
+            f"peft.save: portable=True writes plain LoRA, which vLLM, SGLang and llama.cpp read; this adapter has the "
+            f"form of {adapter.form.method}. Load it onto its base, and save the tree with portable=True"
+        )
     faults: dict[str, Any] = {
         DORA: [name for name, update in adapter.updates.items() if update.magnitude is not None],
         "biases of updates": [name for name, update in adapter.updates.items() if update.bias is not None],

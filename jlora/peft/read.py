@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Update
+from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Filed, Update
 from jlora.peft.config import Config
 from jlora.peft.files import locked
-from jlora.peft.keys import ECHOES, parse
+from jlora.peft.keys import ECHOES, SHARED, parse
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.pickled import PickledFile
 from jlora.peft.settings import CONFIG, WEIGHTS, beside, of_save
@@ -64,8 +64,8 @@ def _check_edited(file: TensorFile, adapter: Adapter) -> None:
     if own is None or own == adapter.config:
         return
     saved = _adapter(file, _config(file.path, own))
-    scale_of = lambda name: getattr(saved.updates.get(name), "scale", None)
-    pairs: dict[str, Any] = {f"the scale of {n}": (scale_of(n), x.scale) for n, x in adapter.updates.items()}
+    scale_of = lambda name: _meaning(saved.updates.get(name))
+    pairs: dict[str, Any] = {f"the scale of {n}": (scale_of(n), _meaning(x)) for n, x in adapter.updates.items()}
     pairs |= {f"the rows of {n}": (saved.tokens.get(n, (None,))[0], ids) for n, (ids, _) in adapter.tokens.items()}
     for name, (then, now) in pairs.items():
         if then != now:
@@ -74,6 +74,13 @@ def _check_edited(file: TensorFile, adapter: Adapter) -> None:
                 f"{_short(then)}, and is {_short(now)} by the file. They are of two saves, or were edited; save the "
                 "adapter again, or if the edit is meant, allow_edited=True"
             )
+
+
+def _meaning(update: Any) -> Any:
+    """What settings say of a module's tensors: the scale, and the options of a variant."""
+    if isinstance(update, Filed) and update.spec is not None:
+        return (update.spec.scale, *sorted(update.spec.options.items()))
+    return getattr(update, "scale", None)
 
 
 def check_types(file: TensorFile, names: Iterable[str]) -> None:
@@ -104,15 +111,18 @@ def check_there(directory: Path) -> None:
 
 def _adapter(file: TensorFile, config: Config) -> Adapter:
     roles: dict[str, Roles] = collections.defaultdict(dict)
+    shared = _shared(file, config)
     for key in file:
+        if key in shared.values():
+            continue
         try:
-            name, role = parse(key)
+            name, role = parse(key, config.form)
         except ValueError as error:
             raise ValueError(f"{file.path}: {error}") from None
         if role in roles[name]:
             raise ValueError(f"{file.path}: {name} has two tensors for one thing, {roles[name][role]!r} and {key!r}")
         roles[name][role] = key
-    parameters = _experts(file, roles, config)
+    parameters = _experts(file, roles, config) if config.is_lora else {}
     of_role = lambda role: {name: file[keys[role]] for name, keys in roles.items() if role in keys}
     whole = of_role("full")
     full = {name: array for name, array in whole.items() if _is_trained(name, whole, config)}
@@ -121,8 +131,13 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
     tokens = {name: _rows(file, name, x, config) for name, x in rows.items() if not _is_tied_copy(name, rows, config)}
     saved, originals = (of_role(role) for role in ECHOES)
     copies |= _echoes(file, saved, originals, full, config)
-    names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
-    updates = {parameters.get(name, name): _update(file, name, roles[name], parameters, config) for name in names}
+    if config.form is None:
+        names = [name for name, keys in roles.items() if {*keys} & {"a", "b", "embedding_a", "embedding_b"}]
+        updates = {parameters.get(name, name): _update(file, name, roles[name], parameters, config) for name in names}
+    else:
+        names = [name for name, keys in roles.items() if {*keys} & {*config.form.tensors}]
+        common = {tensor: file[key] for tensor, key in shared.items()}
+        updates = {name: _filed(file, name, roles[name], config, common) for name in names}
     _check_left(file, {*names}, roles)
     if not updates and not full and not tokens:
         raise ValueError(f"{file.path} has no tensors of an adapter")
@@ -135,7 +150,34 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
         conv1d=config.conv1d,
         start=config.start,
         config=config.data,
+        form=config.form,
     )
+
+
+def _shared(file: TensorFile, config: Config) -> dict[str, str]:
+    """The keys of the tensors that all modules have in common."""
+    tensors = () if config.form is None else config.form.shared
+    there = {*file}
+    return {tensor: f"{SHARED}{tensor}" for tensor in tensors if f"{SHARED}{tensor}" in there}
+
+
+def _filed(file: TensorFile, name: str, keys: Roles, config: Config, shared: Mapping[str, np.ndarray]) -> Filed:
+    """A module of another method than LoRA."""
+    form = config.form
+    assert form is not None
+    if not config.is_target(name):
+        raise ValueError(
+            f"{file.path} has {next(iter(keys.values()))}, but its settings do not name {name} (target_modules="
+            f"{_short(config.data.get('target_modules'))})"
+        )
+    if (missing := [tensor for tensor in form.tensors if tensor not in keys]) and not form.optional:
+        raise ValueError(f"{file.path}: {name} has {sorted(keys.values())}, but no {' and no '.join(missing)}")
+    tensors = {tensor: file[keys[tensor]] for tensor in form.tensors if tensor in keys}
+    for tensor, x in {**tensors, **shared}.items():
+        if (words := form.field(tensor)[1]) and x.ndim != len(words):
+            raise ValueError(f"{file.path}: {tensor} of {name} is {x.shape}; expected is ({', '.join(words)})")
+    spec = config.at(name)
+    return Filed(tensors, form.class_of(spec.node, spec.kernel), spec.kernel, shared=shared)
 
 
 def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str], config: Config) -> Update:

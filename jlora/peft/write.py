@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Update
+from jlora.nodes.form import Form
+from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Filed, Update
 from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
 from jlora.peft.files import locked
-from jlora.peft.keys import PREFIX, TOKENS
+from jlora.peft.keys import PREFIX, SHARED, TOKENS
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.read import nesting
 from jlora.peft.settings import CONFIG, WEIGHTS, header
@@ -65,6 +66,8 @@ def tied_table(known: Mapping[str, bool]) -> str | None:
 
 def _tensors(adapter: Adapter, saved: Mapping[str, np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
     names = _wrapped(adapter)
+    for tensor, x in _shared(adapter).items():
+        yield f"{SHARED}{tensor}", x
     for name, update in adapter.updates.items():
         for role, array in _roles(update).items():
             yield f"{PREFIX}{names[name]}.{role}", array
@@ -76,7 +79,34 @@ def _tensors(adapter: Adapter, saved: Mapping[str, np.ndarray]) -> Iterable[tupl
         yield f"{PREFIX}{name}.{TOKENS}", rows
 
 
-def _roles(update: Update) -> dict[str, np.ndarray]:
+def _shared(adapter: Adapter) -> dict[str, np.ndarray]:
+    """The tensors that all modules have in common: those of the largest, of which others have the beginning.
+
+    Raises:
+      ValueError: if that is not so.
+    """
+    found: dict[str, np.ndarray] = {}
+    for update in adapter.updates.values():
+        for tensor, x in getattr(update, "shared", {}).items():
+            found[tensor] = _larger(tensor, found[tensor], x) if tensor in found else x
+    return found
+
+
+def _larger(tensor: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The one of two arrays that has the other as its beginning, along each axis."""
+    sizes = tuple(map(min, one.shape, other.shape))
+    begin = tuple(map(slice, sizes))
+    larger = one if one.size >= other.size else other
+    if not np.array_equal(one[begin], other[begin]) or sizes not in (one.shape, other.shape):
+        raise ValueError(
+            f"peft.save: the kernels have different {tensor}, of which PEFT has one for all; wrap them with one spec"
+        )
+    return larger
+
+
+def _roles(update: Update | Filed) -> Mapping[str, np.ndarray]:
+    if isinstance(update, Filed):
+        return update.tensors
     a, b = update.a, update.b
     extra = {"lora_magnitude_vector": update.magnitude, "lora_B.bias": update.bias}
     if update.kind == CONV and update.magnitude is not None:
@@ -108,6 +138,8 @@ def _wrapped(adapter: Adapter) -> dict[str, str]:
 def _settings(
     adapter: Adapter, known: Mapping[str, bool], frozen: Mapping[str, np.ndarray], base_model: str | None
 ) -> dict[str, Any]:
+    if adapter.form is not None:
+        return _settings_of_form(adapter.form, adapter, known, frozen, base_model)
     scales = {name: Scale.of(update.rank, update.scale) for name, update in adapter.updates.items()}
     rslora = bool(scales) and all(scale.rslora for scale in scales.values())
     alphas = {
@@ -144,6 +176,48 @@ def _settings(
         "alpha_pattern": _with_routers(pattern(alphas, alpha)),
         "ensure_weight_tying": tied is not None and tied in adapter.updates,
     }
+
+
+def _settings_of_form(
+    form: Form, adapter: Adapter, known: Mapping[str, bool], frozen: Mapping[str, np.ndarray], base_model: str | None
+) -> dict[str, Any]:
+    """The settings of another method than LoRA."""
+    bias, saved = _saved(adapter, known, frozen)
+    if bias != "none" and not form.bias:
+        raise ValueError(f"peft.save: biases train, which {form.method} has no setting for in PEFT; merge them")
+    told = {"bias": form.bias if bias == "lora_only" else bias} if form.bias else {}
+    kernels = [name for name, is_kernel in known.items() if is_kernel]
+    return {
+        "peft_type": form.method,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": _targets([*adapter.updates], kernels),
+        "modules_to_save": saved or None,
+        **({"fan_in_fan_out": True} if adapter.conv1d else {}),
+        **told,
+        **form.fixed,
+        **_of_modules(form, {name: dict(update.settings) for name, update in adapter.updates.items()}),
+    }
+
+
+def _of_modules(form: Form, settings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of all modules as those of the adapter: one for all, by patterns, or names of modules."""
+    found: dict[str, Any] = {}
+    settings = form.together(settings)
+    for name in next(iter(settings.values()), {}):
+        values = {module: of[name] for module, of in settings.items()}
+        if name in form.listed:
+            found[name] = named([module for module, is_so in values.items() if is_so], values)
+            continue
+        found[name] = _most(values.values(), None)
+        if name in form.patterns:
+            found[form.patterns[name]] = pattern(values, found[name])
+        elif odd := next((module for module, value in values.items() if value != found[name]), None):
+            raise ValueError(
+                f"peft.save: {odd} has {name} {values[odd]}, and others have {found[name]}; {form.method} has one for "
+                "all modules in PEFT. Save two adapters, or merge one of them"
+            )
+    return found
 
 
 def _most(values: Iterable[Any], default: Any) -> Any:

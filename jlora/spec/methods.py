@@ -108,14 +108,22 @@ def _oft(settings: Settings) -> dict[str, Any]:
     return {
         "variant": "oft",
         "bias": _bias(settings),
-        "options": {"block_size": settings.number("oft_block_size", 32)},
+        "options": {"block_size": settings.number("oft_block_size", 32), **_series(settings)},
     }
+
+
+def _series(settings: Settings) -> dict[str, Any]:
+    """How OFT makes its rotations: by a series, unless that is switched off."""
+    if settings.get("use_cayley_neumann", True) is not True:
+        return {"cayley": "exact"}
+    return {"cayley": "neumann", "terms": settings.number("num_cayley_neumann_terms", 5)}
 
 
 def _boft(settings: Settings) -> dict[str, Any]:
     _default_init(settings, "init_weights")
     size, factors = settings.number("boft_block_size", 4), settings.number("boft_n_butterfly_factor", 1)
-    return {"variant": "boft", "bias": _bias(settings), "options": {"block_size": size, "factors": factors}}
+    options = {"block_size": size, "factors": factors, "butterfly": "halves", "gain": True}
+    return {"variant": "boft", "bias": _bias(settings), "options": options}
 
 
 def _vera(settings: Settings) -> dict[str, Any]:

@@ -7,12 +7,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.form import Form, plain_number
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam, is_node
+
+_MORE = 1e-5  # than the rank, by which PEFT divides
+
+
+class _Form(Form):
+    """PEFT divides by the rank at the start, and a little more; what is left of a pruned kernel keeps that scale."""
+
+    def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
+        return {**fields, "scale": spec.scale * spec.rank / (spec.rank + _MORE)}
+
+    def settings_of(self, node: Any) -> dict[str, Any]:
+        rank = node.lora_e.shape[-1]
+        alpha = plain_number(node.scale * (rank + _MORE))
+        return {"init_r": rank, "target_r": rank, "lora_alpha": alpha, "lora_dropout": node.dropout}
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +53,13 @@ class AdaLoraParam(AdaptedParam):
 
     SETTINGS = ("rank", "alpha", "scaling", "dropout")
     LINEAR = ("lora_e",)
+    FORM = _Form(
+        "ADALORA",
+        {"lora_A": "lora_a: rank in", "lora_B": "lora_b: out rank", "lora_E": "lora_e: rank one"},
+        {"init_r": ("rank", 12), "lora_alpha": ("alpha", 8), "lora_dropout": ("dropout", 0.0)},
+        fixed={"total_step": 1, "tinit": 0, "tfinal": 0},
+        bias="lora_only",
+    )
 
     base: Any = frozen()
     lora_a: Any = trained("batch in rank")

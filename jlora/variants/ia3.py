@@ -7,12 +7,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.interpret.factored import Factored, gained, plain
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
+
+
+class _Form(Form):
+    """A module of ``feedforward_modules`` scales its inputs. The vector lies along an axis of the weight's."""
+
+    def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
+        del spec
+        return {"ia3_l": fields["ia3_l"].reshape(-1)}
+
+    def class_of(self, cls: Any, spec: Any) -> Any:
+        return Ia3InParam if spec.options["on"] == "in" else cls
+
+    def write(self, fields: dict[str, np.ndarray], node: Any) -> dict[str, np.ndarray]:
+        ends = [1] * (len(node.axes.in_axis) - 1)  # of a convolution
+        is_column = isinstance(node, Ia3Param) and not ends
+        return {"ia3_l": fields["ia3_l"].reshape([-1, 1] if is_column else [1, -1, *ends])}
+
+    def settings_of(self, node: Any) -> dict[str, Any]:
+        return {"feedforward_modules": isinstance(node, Ia3InParam)}
+
+
+_FORM = _Form("IA3", {"ia3_l": "ia3_l"}, listed=("feedforward_modules",), kinds=("linear",))
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +64,7 @@ class Ia3Param(AdaptedParam):
 
     SETTINGS = ()
     OPTIONS = {"on": "out"}
+    FORM = _FORM
 
     base: Any = frozen()
     ia3_l: Any = trained("batch out")
@@ -67,6 +92,8 @@ class Ia3Param(AdaptedParam):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ia3InParam(AdaptedParam):
     """``W * l`` with a trained vector over the in axes, of shape (batch..., in...); made by `Ia3Param`."""
+
+    FORM = _FORM
 
     base: Any = frozen()
     ia3_l: Any = trained("batch in")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 
@@ -41,6 +42,16 @@ class LohaParam(AdaptedParam):
 
     SETTINGS = ("rank", "alpha", "scaling", "dropout")
     LINEAR = ("loha_b1",)
+    FORM = Form(
+        "LOHA",
+        {
+            "hada_w1_a": "loha_b1: out rank", "hada_w1_b": "loha_a1: rank in",
+            "hada_w2_a": "loha_b2: out rank", "hada_w2_b": "loha_a2: rank in",
+        },
+        {"r": ("rank", 8), "alpha": ("alpha", 8)},
+        {"r": "rank_pattern", "alpha": "alpha_pattern"},
+        kinds=("linear", "conv"),
+    )  # fmt: skip
 
     base: Any = frozen()
     loha_a1: Any = trained("batch in rank")

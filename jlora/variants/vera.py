@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 
@@ -40,6 +41,14 @@ class VeraParam(AdaptedParam):
     SETTINGS = ("rank", "dropout")
     OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
     LINEAR = ("lambda_b",)
+    FORM = Form(
+        "VERA",
+        {"vera_lambda_b": "lambda_b: out", "vera_lambda_d": "lambda_d: rank"},
+        {"r": ("rank", 256), "vera_dropout": ("dropout", 0.0)},
+        fixed={"save_projection": True},
+        shared={"vera_A": "vera_a: rank in", "vera_B": "vera_b: out rank"},
+        bias="vera_only",
+    )
 
     base: Any = frozen()
     vera_a: Any = frozen("in rank")

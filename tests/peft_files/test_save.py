@@ -31,21 +31,71 @@ def saved(directory, tree):
 @pytest.mark.parametrize(
     ("settings", "rank"),
     [({}, 2), ({"init": "pissa"}, 4), ({"variant": "lora_fa"}, 2), ({"variant": "adalora"}, 2),
-     ({"variant": "vera"}, 2), ({"variant": "loha"}, 4), ({"variant": "dora"}, 2),
-     ({"variant": "dora", "init": "olora"}, 4)],
+     ({"variant": "vera"}, 2), ({"variant": "loha"}, 4), ({"variant": "lokr", "options": {"factor": -1}}, 4)],
     ids=str,
 )  # fmt: skip
-def test_each_low_rank_variant_is_written_as_the_same_function(settings, rank, tmp_path):
+def test_each_low_rank_variant_has_a_portable_form_of_the_same_function(settings, rank, tmp_path):
     tree = wrapped(["q_proj"], rank=2, **settings)
-    assert saved(tmp_path, tree)["r"] == rank
+    jlora.peft.save(tmp_path, tree, portable=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", rank)
     assert_same(merged(jlora.peft.load(tmp_path, nested(STATE))), merged(tree))
 
 
-@pytest.mark.parametrize("variant", [pytest.param("oft", marks=pytest.mark.slow), "ia3"])
-def test_what_is_no_low_rank_update_is_refused(variant, tmp_path):
-    with pytest.raises(ValueError, match=r"layers/0/attn/q_proj/weight is a \w+, which is no low-rank update.*merge"):
-        jlora.peft.save(tmp_path, wrapped(["q_proj"], variant=variant))
+VARIANTS = {
+    "lora": ({}, "LORA"),
+    "dora": ({"variant": "dora"}, "LORA"),
+    "dora+olora": ({"variant": "dora", "init": "olora"}, "LORA"),
+    "adalora": ({"variant": "adalora"}, "ADALORA"),
+    "vera": ({"variant": "vera"}, "VERA"),
+    "loha": ({"variant": "loha"}, "LOHA"),
+    "lokr": ({"variant": "lokr", "options": {"factor": -1}}, "LOKR"),
+    "lokr, whole": ({"variant": "lokr", "rank": 3, "options": {"factor": -1, "whole": True}}, "LOKR"),
+    "lokr, both": ({"variant": "lokr", "rank": 1, "options": {"factor": 4, "decompose_both": True}}, "LOKR"),
+    "ia3": ({"variant": "ia3"}, "IA3"),
+    "ia3, in": ({"variant": "ia3", "options": {"on": "in"}}, "IA3"),
+    "oft": ({"variant": "oft", "options": {"block_size": 4}}, "OFT"),
+    "oft, series": ({"variant": "oft", "options": {"block_size": 2, "cayley": "neumann", "terms": 4}}, "OFT"),
+    "boft": ({"variant": "boft", "options": {"block_size": 4, "factors": 1}}, "BOFT"),
+    "boft, halves": (
+        {"variant": "boft", "options": {"block_size": 2, "factors": 3, "butterfly": "halves", "gain": True}}, "BOFT"
+    ),
+}  # fmt: skip
+
+
+# The update of twice the rank; what PEFT has whole at such ranks; output scales, which PEFT always has.
+OTHER_ARRAYS = {"dora+olora", "lokr", "lokr, both", "boft"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_written_as_what_it_is(name, tmp_path):
+    """Its settings and its arrays come back, not its function alone."""
+    settings, method = VARIANTS[name]
+    rank = {} if method in ("IA3", "OFT", "BOFT") else {"rank": 2}
+    tree = wrapped(["q_proj"], **rank | settings)
+    assert saved(tmp_path, tree)["peft_type"] == method
+    again = jlora.peft.load(tmp_path, nested(STATE))
+    assert_same(merged(again), merged(tree))
+    ours, theirs = (t["layers"]["1"]["attn"]["q_proj"]["weight"] for t in (tree, again))
+    if name not in OTHER_ARRAYS:
+        assert type(ours) is type(theirs)
+        for one, other in zip(
+            *(jax.tree.leaves(jlora.partition({"w": node})[0]) for node in (theirs, ours)), strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_what_no_method_of_pefts_is_is_refused(tmp_path):
+    tree = wrapped(["q_proj"], variant="boft", options={"block_size": 2, "factors": 3})
+    with pytest.raises(ValueError, match=r"another butterfly.*halves"):
+        jlora.peft.save(tmp_path, tree)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_variants_in_one_tree_are_written_as_lora_where_both_are_low_rank(tmp_path):
+    tree = wrapped(["q_proj"], rank=2, overrides={"layers/1/*/*": {"variant": "loha"}})
+    assert saved(tmp_path, tree)["peft_type"] == "LORA"
+    assert_same(merged(jlora.peft.load(tmp_path, nested(STATE))), merged(tree))
 
 
 @pytest.mark.parametrize(

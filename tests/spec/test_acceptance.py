@@ -126,7 +126,9 @@ def test_what_is_accepted_says_what_the_settings_say(tool):
 def test_pissa_and_the_size_of_blocks_are_those_that_are_set():
     specs = [(config, spec) for _, config, spec in read("llamafactory")[0]]
     assert [spec.init for config, spec in specs if "pissa_init" in config] == ["pissa_niter_16"]
-    assert [spec.options for config, spec in specs if "oft_block_size" in config] == [{"block_size": 32}]
+    assert [spec.options for config, spec in specs if "oft_block_size" in config] == [
+        {"block_size": 32, "cayley": "neumann", "terms": 5}
+    ]
 
 
 def test_towers_that_are_frozen_are_left_out():

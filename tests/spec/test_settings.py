@@ -274,12 +274,16 @@ def test_a_methods_own_biases_are_those_beside_its_kernels():
 
 # -------------------------------------------------------------------------------- PEFT's other methods
 
+SERIES = {"cayley": "neumann", "terms": 5}  # PEFT's default
 METHODS = {
     "ADALORA": ({"init_r": 6, "target_r": 2, "total_step": 9, "r": 8}, {"variant": "adalora", "rank": 6, "alpha": 8}),
     "LOHA": ({"r": 3, "alpha": 5}, {"variant": "loha", "rank": 3, "alpha": 5}),
     "LOKR": ({"decompose_factor": 2}, {"variant": "lokr", "rank": 8, "alpha": 8, "options": {"factor": 2}}),
-    "OFT": ({"oft_block_size": 2, "use_cayley_neumann": True}, {"options": {"block_size": 2}}),
-    "BOFT": ({"boft_block_size": 2}, {"variant": "boft", "options": {"block_size": 2, "factors": 1}}),
+    "OFT": ({"oft_block_size": 2, "use_cayley_neumann": True}, {"options": {"block_size": 2} | SERIES}),
+    "BOFT": (
+        {"boft_block_size": 2},
+        {"variant": "boft", "options": {"block_size": 2, "factors": 1, "butterfly": "halves", "gain": True}},
+    ),
     "VERA": ({"vera_dropout": 0.1, "d_initial": 0.2}, {"variant": "vera", "rank": 256, "dropout": 0.1,
              "options": {"d_initial": 0.2, "projection_seed": 0}}),
 }  # fmt: skip
@@ -580,7 +584,7 @@ def test_llamafactorys_oft():
     peft = {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     assert without_towers(LoraSpec.from_llamafactory(config)) == LoraSpec.from_peft(peft)
     plain = LoraSpec.from_llamafactory({"finetuning_type": "oft"})
-    assert (plain.targets, plain.options) == ("all-linear", {"block_size": 32})
+    assert (plain.targets, plain.options) == ("all-linear", {"block_size": 32} | SERIES)
 
 
 FACTORY_REFUSED = {

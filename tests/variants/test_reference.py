@@ -330,7 +330,8 @@ def found(name: str, uses: tuple[str, ...]):
 def fields_of(grads, kind: Kind, use: Use):
     """The gradients in a node by name, as (layers, ...): of what trains and of nothing else."""
     names = {f.name for f in dataclasses.fields(grads) if jax.tree.leaves(getattr(grads, f.name))}
-    fields = {n: getattr(grads, n) for n in names if n not in ("axes", "scale", "dropout", "layers", "size")}
+    statics = {f.name for f in dataclasses.fields(grads) if f.metadata.get("static")}
+    fields = {n: getattr(grads, n) for n in names - statics}
     assert {*fields} == {*kind.trained}
     return {n: grouped(np.asarray(x, np.float64), kind.trained[n], use) for n, x in fields.items()}
 
