@@ -19,30 +19,45 @@ SEEN_AS = {
     "dot_general": "dot",
     "ragged_dot_general": "ragged_dot",
     "conv_general_dilated": "conv",
-    "gather": "embedding, or a choice",
+    "gather": "embedding, or a chosen expert",
 }
-HEAD = """# What becomes of a kernel in each primitive
+HEAD = """# What each operation does with a kernel
 
-Every program is a sequence of JAX's primitives, and each of them meets a kernel in one of four ways.
+Every program is a sequence of operations. JAX calls their kinds *primitives*. Each of them meets a kernel in one of four ways:
 
 - **factored**: the product with the base is as it was, and two small products are added. The weight is not built.
-- **view**: the kernel is seen another way, and its factors follow: the next primitive meets a kernel again.
-- **recursed into**: the primitive holds a function of its own, and the walk goes on inside.
-- **dense**: the kernel is computed, at the cost of a merged one, and a warning says so.
+- **view**: the kernel is seen in another way, and *A* and *B* change in the same way. The next operation meets a kernel again.
+- **recursed into**: it contains a function; the same rules are applied there.
+- **dense**: `W + s A B` is computed, and a warning says so.
 
-A rule may decline where a kernel's axes do not allow it, such as a reshape that cuts an axis of a rotation; then the
-kernel is computed densely, and the warning tells why. `jlora.explain` shows what each use of a program becomes.
+A rule may not fit the axes of a kernel, such as a reshape that cuts an axis that OFT rotates. Then the kernel is computed
+densely, and the warning tells why. `jlora.explain` shows what each use in your program becomes.
 
-A quantised base is moved as **codes** where codes and scales follow a view, and becomes **numbers** where only they
-can; a product makes the numbers where it needs them, once forwards and once backwards.
+The third column is for a quantised base ({{doc}}`guides/qlora`). Where a view can be applied to the **quantised values** and
+their scales, nothing is dequantised. Elsewhere the kernel is **dequantised**. A product dequantises it where it is used, once
+forwards and once backwards.
 
-`jlora.sites` sees **views** as `jlora.apply` does, and records the use where they end.
+The last column is how `jlora.sites` records the use. It follows views, and records the use where they end.
+
+Some names are internal ones: `jit`, `pjit` and `closed_call` come from `jax.jit`; `remat`, `remat2` and `checkpoint` from
+`jax.checkpoint`; `pvary` and `pcast` from `jax.shard_map`.
 
 This table is made from the rules themselves, for jax {version}.
 
-| primitive | an adapted kernel | its base, if quantised | seen by `jlora.sites` as |
+| operation | an adapted kernel | its base, if quantised | seen by `jlora.sites` as |
 | --- | --- | --- | --- |
 """
+TAIL = """
+## All other operations
+
+A kernel that enters a program that JAX cannot see into is dense: a Pallas kernel (`pallas_call`), `jax.ffi`, or
+`custom_partitioning`. So is one that enters a function with its own derivative, `jax.custom_jvp` or `jax.custom_vjp`.
+
+:::{{dropdown}} All others are dense: the list
+{dense}.
+:::
+"""
+ORDER = ("factored", "view", "recursed into")
 
 
 def names() -> list[str]:
@@ -55,17 +70,18 @@ def row(name: str) -> tuple[str, str, str]:
     """How an adapted kernel, a quantised base and `sites` meet a primitive."""
     if name in CONTROL:
         return "recursed into", "recursed into", "recursed into"
-    base = "a product" if name in PRODUCTS else "codes" if name in STORED else "numbers"
+    base = "a product" if name in PRODUCTS else "quantised values" if name in STORED else "dequantised"
     if name in CONTRACTIONS:
         return "factored", base, SEEN_AS[name]
-    return ("view", base, "a view") if name in RULES else ("dense", "numbers", "other")
+    return ("view", base, "a view") if name in RULES else ("dense", "dequantised", "other")
 
 
 def table() -> str:
     rows = {name: row(name) for name in names()}
-    lines = [f"| `{name}` | {' | '.join(facts)} |" for name, facts in rows.items() if facts[0] != "dense"]
+    listed = sorted((name for name in rows if rows[name][0] != "dense"), key=lambda name: ORDER.index(rows[name][0]))
+    lines = [f"| `{name}` | {' | '.join(rows[name])} |" for name in listed]
     dense = ", ".join(f"`{name}`" for name, facts in rows.items() if facts[0] == "dense")
-    return HEAD.format(version=jax.__version__) + "\n".join(lines) + f"\n\nAll others are dense: {dense}.\n"
+    return HEAD.format(version=jax.__version__) + "\n".join(lines) + "\n" + TAIL.format(dense=dense)
 
 
 if __name__ == "__main__":
