@@ -23,24 +23,26 @@ SEEN_AS = {
 }
 HEAD = """# What each operation does with a kernel
 
-Every program is a sequence of operations. JAX calls their kinds *primitives*. Each of them meets a kernel in one of four ways:
+Every program is a sequence of operations. JAX calls their kinds *primitives*. Each of them meets a kernel in one of
+four ways:
 
 - **factored**: the product with the base is as it was, and two small products are added. The weight is not built.
-- **view**: the kernel is seen in another way, and *A* and *B* change in the same way. The next operation meets a kernel again.
+- **view**: the kernel is seen in another way, and *A* and *B* change in the same way. The next operation meets a
+  kernel again.
 - **recursed into**: it contains a function; the same rules are applied there.
 - **dense**: `W + s A B` is computed, and a warning says so.
 
-A rule may not fit the axes of a kernel, such as a reshape that cuts an axis that OFT rotates. Then the kernel is computed
-densely, and the warning tells why. `jlora.explain` shows what each use in your program becomes.
+A rule may not fit the axes of a kernel, such as a reshape that cuts an axis that OFT rotates. Then the kernel is
+computed densely, and the warning tells why. `jlora.explain` shows what each use in your program becomes.
 
-The third column is for a quantised base ({{doc}}`guides/qlora`). Where a view can be applied to the **quantised values** and
-their scales, nothing is dequantised. Elsewhere the kernel is **dequantised**. A product dequantises it where it is used, once
-forwards and once backwards.
+The third column is for a quantised base ({{doc}}`guides/qlora`). Where a view can be applied to the **quantised
+values** and their scales, nothing is dequantised. Elsewhere the kernel is **dequantised**. A product dequantises it
+where it is used, once forwards and once backwards.
 
 The last column is how `jlora.sites` records the use. It follows views, and records the use where they end.
 
-Some names are internal ones: `jit`, `pjit` and `closed_call` come from `jax.jit`; `remat`, `remat2` and `checkpoint` from
-`jax.checkpoint`; `pvary` and `pcast` from `jax.shard_map`.
+Some names are internal ones: `jit`, `pjit` and `closed_call` come from `jax.jit`; `remat`, `remat2` and `checkpoint`
+from `jax.checkpoint`; `pvary` and `pcast` from `jax.shard_map`.
 
 This table is made from the rules themselves, for jax {version}.
 
