@@ -169,7 +169,8 @@ class OftParam(Rotation):
     window share them. The option ``block_size`` is the size of a block, by default the largest up to 32 that fits.
     With ``factors`` m > 1, R is the product of m such matrices, the blocks of the i-th made of elements block_size^i
     apart (a butterfly). With the option ``cayley="neumann"``, PEFT's default, R is the series ``I + 2 Q + ... +
-    2 Q^(t-2) + Q^(t-1)`` of ``terms`` t, with the other sign of Q: no system is solved, and R is orthogonal for small Q.
+    2 Q^(t-2) + Q^(t-1)`` of ``terms`` t, with the other sign of Q: no system is solved, and R is orthogonal for small Q
+    alone.
 
     Args:
       base, axes, layers: as in `jlora.LoraParam`.
