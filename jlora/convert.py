@@ -19,7 +19,7 @@ from jlora.spec import LoraSpec
 from jlora.targets.paths import flatten
 from jlora.targets.plan import Adapted
 from jlora.tree import merge, partition
-from jlora.variants.bias import LoraBiasParam
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
 from jlora.variants.lora import LoraParam
 from jlora.variants.tokens import TokensParam
 from jlora.wrap import adapt
@@ -50,7 +50,7 @@ def to_plain_lora(tree: Any) -> Any:
       2
     """
     paths, leaves, treedef = flatten(tree, is_node)
-    others = (TrainableParam, LoraBiasParam, TokensParam)
+    others = (TrainableParam, LoraBiasParam, GainedBiasParam, TokensParam)
     is_update = lambda leaf: is_node(leaf) and not isinstance(leaf, others)
     made = [plain("to_plain_lora", path, x) if is_update(x) else x for path, x in zip(paths, leaves, strict=True)]
     return treedef.unflatten(made)
@@ -133,6 +133,8 @@ def _own_key(tree: Any) -> jax.Array:
 def _again(path: str, node: Any, merged: Any, key: jax.Array, makers: Makers) -> Any:
     if isinstance(node, LoraBiasParam):
         return dataclasses.replace(node, base=merged, lora_bias=jnp.zeros_like(node.lora_bias))
+    if isinstance(node, GainedBiasParam):
+        return dataclasses.replace(node, base=merged, gain=jnp.ones_like(node.gain))
     if isinstance(node, TokensParam):
         return dataclasses.replace(node, base=merged)
     if not is_node(node) or isinstance(node, TrainableParam):

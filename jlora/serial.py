@@ -16,7 +16,7 @@ import jax.export
 from flax import serialization
 
 from jlora.checkpoint.about import CLASSES
-from jlora.nodes.axes import Axes, of_use
+from jlora.nodes.axes import Axes, of_conv, of_use
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import AdaptedParam
 
@@ -93,7 +93,9 @@ def _decoded(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "axes" in value:
-        parts = {name: tuple(x) for name, x in value["axes"].items() if name != "lookup"}
+        parts = {name: tuple(x) for name, x in value["axes"].items() if name not in ("lookup", "conv")}
+        if value["axes"].get("conv"):
+            return of_conv(Axes(**parts))
         return of_use(Axes(**parts), value["axes"].get("lookup"))
     return tuple(map(_decoded, value["tuple"]))
 

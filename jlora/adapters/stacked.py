@@ -17,7 +17,7 @@ from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants import VARIANTS
-from jlora.variants.bias import LoraBiasParam
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
 from jlora.variants.ia3 import Ia3InParam
 from jlora.variants.tokens import TokensParam
 
@@ -179,4 +179,6 @@ def _with_members(field: dataclasses.Field) -> Any:
     )
 
 
-CLASSES.extend(map(stacked_class, (*VARIANTS.values(), Ia3InParam, LoraBiasParam, TokensParam, TrainableParam)))
+CLASSES.extend(
+    map(stacked_class, (*VARIANTS.values(), Ia3InParam, LoraBiasParam, GainedBiasParam, TokensParam, TrainableParam))
+)

@@ -10,16 +10,18 @@ import jax
 
 from jlora.checkpoint.told import Told
 from jlora.nodes import placement
-from jlora.nodes.axes import Axes, of_use
+from jlora.nodes.axes import Axes, of_conv, of_use
 from jlora.nodes.fields import leaf_fields
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.variants import VARIANTS
-from jlora.variants.bias import LoraBiasParam
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
 from jlora.variants.ia3 import Ia3InParam
 from jlora.variants.tokens import TokensParam
 
 # Those of jlora; `jlora.adapters` adds its own.
-CLASSES: list[type[AdaptedParam]] = [*VARIANTS.values(), Ia3InParam, TrainableParam, LoraBiasParam, TokensParam]
+CLASSES: list[type[AdaptedParam]] = [
+    *VARIANTS.values(), Ia3InParam, TrainableParam, LoraBiasParam, GainedBiasParam, TokensParam
+]  # fmt: skip
 
 
 def about(node: AdaptedParam) -> dict[str, Any]:
@@ -80,14 +82,22 @@ def empty(path: str, told: Told, variants: Sequence[type[AdaptedParam]]) -> Any:
             f"class, as in load(directory, params, variants=[{name.value}])"
         )
     read = _READERS | (_OWN if cls in CLASSES else {})
-    given = told.at("settings").parts(_static(cls))
+    defaults = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    names = _static(cls)
+    # which checkpoints of an older jlora lack
+    newer = [name for name in names if cls in CLASSES and name in defaults and name not in _READERS]
+    given = told.at("settings").parts([name for name in names if name not in newer], newer)
     settings = {name: read.get(name, _any)(x) for name, x in given.items()}
     holes = {f.name: None for f in leaf_fields(cls)}
     return cls(**holes, **settings)
 
 
 def _axes(told: Told) -> Axes:
-    parts = told.parts(("in_axis", "out_axis", "batch_axis"), ("lookup",))
+    parts = told.parts(("in_axis", "out_axis", "batch_axis"), ("lookup", "conv"))
+    if (conv := parts.pop("conv", None)) is not None:
+        if conv.value is not True:
+            raise conv.refused("true")
+        return of_conv(Axes(**{name: x.wholes() for name, x in parts.items() if name != "lookup"}))
     lookup = parts.pop("lookup", None)
     if lookup is not None and not isinstance(lookup.value, bool | None):
         raise lookup.refused("true, false or null")

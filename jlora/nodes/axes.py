@@ -28,6 +28,7 @@ class Axes:
     out_axis: tuple[int, ...]
     batch_axis: tuple[int, ...] = ()
     lookup: ClassVar[bool | None] = None  # its name tells
+    conv: ClassVar[bool] = False  # its name, or its shape, tells
 
     def __post_init__(self) -> None:
         for name in ("in_axis", "out_axis", "batch_axis"):
@@ -45,6 +46,18 @@ class AxesOfUse(Axes):
     """
 
     lookup: bool = True  # type: ignore[misc]
+
+
+@dataclasses.dataclass(frozen=True)
+class AxesOfConv(Axes):
+    """The axes of a convolution's kernel whose name and shape are those of a linear layer of several in axes too."""
+
+    conv: bool = True  # type: ignore[misc]
+
+
+def of_conv(axes: Axes) -> Axes:
+    """The same axes, those of a convolution."""
+    return AxesOfConv(axes.in_axis, axes.out_axis, axes.batch_axis)
 
 
 def of_use(axes: Axes, lookup: bool | None) -> Axes:

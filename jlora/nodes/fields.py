@@ -15,13 +15,14 @@ GROUPS = ("batch", "in", "out")
 PAIR = ("batch in rank", "batch rank out")
 
 
-def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
+def trained(dims: str | tuple[str, ...] = "", *, optional: bool = False, **kwargs: Any) -> Any:
     """Declares a field of a node that trains, in a class of one's own.
 
     Args:
       dims: its axes by name, as in ``"batch in rank"``. ``batch``, ``in`` and ``out`` are those of the base, the batch
         ones first; any other word is an axis of its own. By them it is placed on a mesh, checked, and put beside the
         base. A field that holds a tuple of arrays, or an empty one, has a tuple of such texts.
+      optional: whether it may hold ``()`` in the place of an array.
       **kwargs: of `dataclasses.field`, such as ``default``.
 
     Returns:
@@ -32,7 +33,7 @@ def trained(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:
       >>> trained("batch in rank").metadata["dims"]
       'batch in rank'
     """
-    return dataclasses.field(metadata={"trained": True, "dims": dims}, **kwargs)
+    return dataclasses.field(metadata={"trained": True, "dims": dims, "optional": optional}, **kwargs)
 
 
 def frozen(dims: str | tuple[str, ...] = "", **kwargs: Any) -> Any:

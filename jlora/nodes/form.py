@@ -80,6 +80,25 @@ class Form:
             found |= dict(zip(self.field(tensor)[1], x.shape, strict=False))
         return found.get("in"), found.get("out")
 
+    def gain_of_bias(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """What PEFT multiplies the module's bias by, (out,); None: nothing."""
+        del tensors
+        return None
+
+    def draw(self, spec: Any, ins: int, outs: int) -> dict[str, np.ndarray]:
+        """The tensors that all modules have in common, where a file has their seed alone.
+
+        Args:
+          spec: the settings of a module, a `KernelSpec`.
+          ins: the largest number of inputs of all modules.
+          outs: the largest number of outputs.
+        """
+        del spec, ins, outs
+        raise ValueError(
+            f"peft.load: the file lacks {' and '.join(self.shared)}, which {self.method} draws anew from a seed; "
+            "save it in PEFT with save_projection=True"
+        )
+
     def settings_of(self, node: Any) -> dict[str, Any]:
         """PEFT's settings of one module."""
         settings = node.settings

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.nodes import placement
-from jlora.nodes.axes import Axes, of_use
+from jlora.nodes.axes import Axes, of_conv, of_use
 from jlora.nodes.checks import check_made
 from jlora.nodes.kernel import Kernel, KernelSpec
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.nodes.qarray import codes, dense, is_qarray
 from jlora.peft import fielded, layout
-from jlora.peft.adapter import EMBEDDING, LINEAR, Adapter, Filed, Update
+from jlora.peft.adapter import CONV, EMBEDDING, LINEAR, Adapter, Filed, Update
 from jlora.peft.layout import Part, Sizes, Words
 from jlora.peft.orient import Orientation, how_to_say, of_whole
 from jlora.peft.stack import Piece, Stack, fixed_axes, padded
-from jlora.variants.bias import LoraBiasParam
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
 from jlora.variants.dora import DoraParam, squared_norms
 from jlora.variants.lora import LoraParam
 from jlora.variants.tokens import TokensParam
@@ -55,6 +55,8 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     told = layout.kind_of(pieces[0].name, path, words)
     if told != pieces[0].value.kind and EMBEDDING in (told, pieces[0].value.kind):
         axes = of_use(axes, told != EMBEDDING)
+    if told != CONV and pieces[0].value.kind == CONV:
+        axes = of_conv(axes)
     part = Part(words, pieces[0].slot.sizes(base.shape), pieces[0].slot.layout)
     scale = collections.Counter(piece.value.scale for piece in pieces).most_common(1)[0][0]
     rank = max(piece.value.rank for piece in pieces)
@@ -77,6 +79,20 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     if adapter.start is not None:
         _check_alike(path, pieces, adapter.start)
     return _placed(path, onto(node, base, adapter.start))
+
+
+def with_shared(tree: Tree, pieces: Mapping[str, list[Piece]]) -> Tree:
+    """The tree with an adapter that has the tensors that its modules have in common, drawn where the file has none."""
+    form, updates = tree.adapter.form, tree.adapter.updates
+    if form is None or not form.shared or not updates or next(iter(updates.values())).shared:
+        return tree
+    sizes = []
+    for path, of_leaf in pieces.items():
+        part = Part(_words(path, of_leaf, tree), of_leaf[0].slot.sizes(tree.leaves[path].shape))
+        sizes.append((math.prod(part.of("in")), math.prod(part.of("out"))))
+    shared = form.draw(next(iter(updates.values())).spec, *map(max, zip(*sizes, strict=True)))
+    drawn = {name: dataclasses.replace(update, shared=shared) for name, update in updates.items()}
+    return tree._replace(adapter=dataclasses.replace(tree.adapter, updates=drawn))
 
 
 def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
@@ -214,6 +230,15 @@ def with_bias(path: str, pieces: list[Piece], tree: Tree) -> LoraBiasParam:
         assert update.bias is not None
         whole[piece.slot.place] = of_leaf(piece, update.bias, base) * np.float32(update.scale / scale)
     return LoraBiasParam(base, _as_base(whole, base), scale)
+
+
+def with_gain(path: str, pieces: list[Piece], tree: Tree) -> GainedBiasParam:
+    """A bias that is scaled as the outputs of the kernel beside it."""
+    base = tree.leaves[path]
+    whole = np.ones(base.shape, np.float32)
+    for piece in pieces:
+        whole[piece.slot.place] = of_leaf(piece, piece.value.astype(np.float32), base)
+    return GainedBiasParam(base, _as_base(whole, base))
 
 
 def with_rows(path: str, pieces: list[Piece], tree: Tree) -> TokensParam:

@@ -24,7 +24,7 @@ from jlora.peft.names import Entry, Slot, leaf_shapes, slots_of
 from jlora.peft.parts import parameter_of, torch_array
 from jlora.targets.paths import flatten
 from jlora.tree import has_nodes, partition
-from jlora.variants.bias import LoraBiasParam
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
 from jlora.variants.dora import DoraParam
 from jlora.variants.lora import LoraParam, from_start
 from jlora.variants.tokens import TokensParam
@@ -81,11 +81,13 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None, *, as_lora: b
         _check_native(nodes, places)
     of = lambda kind: {path: node for path, node in nodes.items() if isinstance(node, kind)}
     full = dict(_full(of(TrainableParam), places))
-    others = (TrainableParam, LoraBiasParam, TokensParam)
+    others = (TrainableParam, LoraBiasParam, GainedBiasParam, TokensParam)
     kernels = {path: node for path, node in nodes.items() if not isinstance(node, others)}
     form = None if as_lora else _form(kernels, places)
     adapted: Iterator[Any] = _filed(kernels, places) if form is not None else _updates(kernels, places)
-    updates = _with_biases(dict(adapted), dict(_biases(of(LoraBiasParam), places)))
+    found = dict(adapted)
+    _check_gains(of(GainedBiasParam), found, slots, places)
+    updates = _with_biases(found, dict(_biases(of(LoraBiasParam), places)))
     tokens = dict(_rows(of(TokensParam), places))
     dropout = max((getattr(node, "dropout", 0.0) for node in kernels.values()), default=0.0)
     turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]
@@ -248,6 +250,28 @@ def _with_biases(updates: dict[str, Update], biases: Mapping[str, tuple[np.ndarr
     of = {name: biases.get(name, zero(update)) for name, update in updates.items()}
     scaled = lambda name, update: (of[name][0] * np.float32(of[name][1] / update.scale)).reshape(-1)
     return {name: dataclasses.replace(u, bias=scaled(name, u)) for name, u in updates.items()}
+
+
+def _check_gains(
+    nodes: Mapping[str, Any],
+    updates: Mapping[str, Any],
+    slots: Mapping[str, Sequence[Slot]],
+    places: Mapping[str, list[Named]],
+) -> None:
+    """Refuses a scaled bias whose gains are not those of the kernel beside it, of which PEFT has one vector."""
+    gains = {name: torch_array(name, slot, node.gain) for path, node in nodes.items() for name, slot in places[path]}
+    for name, update in updates.items():
+        wanted = update.form.gain_of_bias(update.tensors) if isinstance(update, Filed) else None
+        found = gains.pop(f"{name}.bias", None)
+        if wanted is None or (found is None and f"{name}.bias" not in slots):
+            continue
+        if found is None or not np.array_equal(np.asarray(found, np.float32).reshape(-1), wanted):
+            raise ValueError(
+                f"peft.save: {name} has a bias with other gains than its kernel, and PEFT's {update.form.method} "
+                "has one vector for both; merge it"
+            )
+    if gains:
+        raise ValueError(f"peft.save: {next(iter(gains))} is scaled, and no kernel beside it; merge it")
 
 
 def _rows(nodes: Mapping[str, Any], places: Mapping[str, list[Named]]) -> Iterator[tuple[str, Any]]:

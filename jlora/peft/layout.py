@@ -12,7 +12,7 @@ import numpy as np
 from jlora.nodes.axes import Axes
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Update
 from jlora.peft.names import WEIGHTS, Layout, Slot
-from jlora.targets.conventions import KERNELS, is_table
+from jlora.targets.conventions import KERNELS, is_conv, is_table
 
 Words = tuple[str, ...]
 _SCALES = {"rsqrt_head": lambda outs: 1 / math.sqrt(outs[-1]), "sqrt_features": lambda outs: math.sqrt(math.prod(outs))}
@@ -55,11 +55,20 @@ def kind_of(name: str, path: str, words: Words, axes: Axes | None = None) -> str
     """What a module is by the axes of its part of the leaf, and by its name where those do not tell."""
     if "batch" in words:
         return EXPERTS
-    if words.count("in") == 3 and words.count("out") == 1:
+    if _is_conv(path, words, axes):
         return CONV
     is_named = is_table(path) or (is_embedding(name) and path.rpartition("/")[2] not in KERNELS)
     is_looked_up = is_named if axes is None or axes.lookup is None else axes.lookup
     return EMBEDDING if words == ("in", "out") and is_looked_up else LINEAR
+
+
+def _is_conv(path: str, words: Words, axes: Axes | None) -> bool:
+    """Whether a kernel is a convolution's: with two in axes it may be a linear layer's, of heads."""
+    if words.count("out") != 1 or words.count("in") < 2:
+        return False
+    if words.count("in") > 2:
+        return True
+    return (axes is not None and axes.conv) or words[0] == "out" or is_conv(path, len(words))
 
 
 def is_embedding(name: str) -> bool:
@@ -132,7 +141,8 @@ def _product(words: Words, sizes: Sequence[int], word: str) -> int:
 def _ordered(possible: list[Words], leaf: str, kind: str, in_first: bool | None) -> list[Words]:
     """Those that have their in axes first, or last."""
     if kind == CONV:
-        return [words for words in possible if words.count("in") == 3 and "out" in (words[0], words[-1])]
+        found = [words for words in possible if words.count("out") == 1 and "out" in (words[0], words[-1])]
+        return [words for words in found if (words[-1] == "out") == in_first] or found
     if in_first is None or not (leaf in WEIGHTS or kind == EXPERTS):
         return possible
     order = ("batch", "in", "out") if in_first else ("batch", "out", "in")
@@ -143,7 +153,7 @@ def lora_a(update: Update, part: Part) -> np.ndarray:
     """A as (batch..., in..., r), in float32."""
     a = update.a.astype(np.float32)
     if update.kind == CONV:
-        return a.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
+        return a.transpose((*range(2, a.ndim), 1, 0) if part.is_channel_last else (*range(1, a.ndim), 0))
     return a.swapaxes(-1, -2).reshape(*part.of("batch"), *part.of("in"), update.rank)
 
 
@@ -202,7 +212,8 @@ def _head(x: np.ndarray, rope: bool | int) -> int:
 def torch_a(a: np.ndarray, kind: str, part: Part) -> np.ndarray:
     """The inverse of `lora_a`, for (batch..., in..., r)."""
     if kind == CONV:
-        return a.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
+        last = a.ndim - 1
+        return a.transpose((last, last - 1, *range(last - 1)) if part.is_channel_last else (last, *range(last)))
     return a.reshape(*part.of("batch"), -1, a.shape[-1]).swapaxes(-1, -2)
 
 
@@ -225,7 +236,7 @@ def leaf_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
 def _matrix(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
     """PyTorch's weight as (batch..., in, out)."""
     if kind == CONV:
-        return x.transpose((2, 3, 1, 0) if part.is_channel_last else (1, 2, 3, 0))
+        return x.transpose((*range(2, x.ndim), 1, 0) if part.is_channel_last else (*range(1, x.ndim), 0))
     return x if kind == EMBEDDING or part.is_conv1d else x.swapaxes(-1, -2)
 
 
@@ -240,7 +251,8 @@ def torch_weight(x: np.ndarray, kind: str, part: Part) -> np.ndarray:
         return torch_outputs(x.astype(np.float32), part) if part.words == ("out",) else x
     x = torch_outputs(x.astype(np.float32).transpose(_grouped(part)), part)
     if kind == CONV:
-        return x.transpose((3, 2, 0, 1) if part.is_channel_last else (3, 0, 1, 2))
+        last = x.ndim - 1
+        return x.transpose((last, last - 1, *range(last - 1)) if part.is_channel_last else (last, *range(last)))
     batch, ins, outs = part.of("batch"), part.of("in"), part.of("out")
     x = x.reshape(*batch, math.prod(ins), math.prod(outs))
     return x if kind == EMBEDDING or part.is_conv1d else x.swapaxes(-1, -2)

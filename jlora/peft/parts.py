@@ -106,6 +106,6 @@ def shape_of(name: str, slot: Slot, leaf: Any, axes: Axes | None = None) -> tupl
         return (math.prod(sizes),)
     kind = layout.kind_of(name, slot.path, words, getattr(leaf, "axes", axes))
     if kind == CONV:
-        return (*outs, *((ins[2], *ins[:2]) if part.is_channel_last else ins))
+        return (*outs, *((ins[-1], *ins[:-1]) if part.is_channel_last else ins))
     flat = (math.prod(ins), math.prod(outs))
     return (*part.of("batch"), *(flat if kind == EMBEDDING or part.is_conv1d else flat[::-1]))

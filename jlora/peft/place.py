@@ -14,7 +14,8 @@ from jlora.interpret.sites import Site
 from jlora.nodes.axes import Axes
 from jlora.nodes.node import AdaptedParam, is_node, is_unit
 from jlora.peft import build
-from jlora.peft.adapter import Adapter
+from jlora.peft.adapter import Adapter, Filed
+from jlora.peft.attention import apart
 from jlora.peft.build import Tree
 from jlora.peft.config import Config
 from jlora.peft.experts import in_style_of
@@ -48,7 +49,7 @@ def place(
     _check_rows(fit)
     said = _said(fan_in_fan_out, fit.adapter)
     tree = Tree(fit.leaves, fit.axes, fit.adapter, Orientation(fit.adapter, fit.slots, fit.shapes, said))
-    nodes = _nodes(tree, fit.slots)
+    nodes = _nodes(build.with_shared(tree, _pieces(fit.adapter.updates, fit.slots)), fit.slots)
     build.check_bases(tree, _pieces(_by_module(fit.adapter.bases), fit.slots))
     return fit.treedef.unflatten([nodes.get(path, leaf) for path, leaf in fit.leaves.items()])
 
@@ -83,7 +84,7 @@ def _fitted(
     shapes = leaf_shapes(paths, leaves)
     slots = slots_of(shapes, resolved(names), stacked)
     adapter = dotted(call, adapter, slots, prefix)
-    adapter = in_style_of(slots, shapes, adapter)
+    adapter = apart(in_style_of(slots, shapes, adapter), slots)
     moved = shift([name for name in _named(adapter) if name != HEAD], slots, prefix)
     adapter = _untied(_moved(adapter, moved), slots)
     _check_names(adapter, slots, names is not None)
@@ -276,6 +277,7 @@ def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:
     kinds: tuple[tuple[Callable[..., AdaptedParam], Mapping[str, Any]], ...] = (
         (build.adapted, adapter.updates),
         (build.with_bias, biases),
+        (build.with_gain, _gains(adapter, slots)),
         (build.trained_in_full, _by_module(adapter.full)),
         (build.with_rows, adapter.tokens),
     )
@@ -288,6 +290,13 @@ def _nodes(tree: Tree, slots: Slots) -> dict[str, AdaptedParam]:
                 )
             nodes[path] = make(path, pieces, tree)
     return nodes
+
+
+def _gains(adapter: Adapter, slots: Slots) -> dict[str, np.ndarray]:
+    """What the biases beside modules of another method than LoRA are multiplied by, by their names."""
+    filed = {name: update for name, update in adapter.updates.items() if isinstance(update, Filed)}
+    found = {f"{name}.bias": update.form.gain_of_bias(update.tensors) for name, update in filed.items()}
+    return {name: gain for name, gain in found.items() if gain is not None and name in slots}
 
 
 def _pieces(values: Mapping[str, Any], slots: Slots) -> dict[str, list[Piece]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Filed, Update
+from jlora.peft.attention import owner
 from jlora.peft.config import Config
 from jlora.peft.files import locked
 from jlora.peft.keys import ECHOES, SHARED, parse
@@ -182,7 +183,7 @@ def _filed(file: TensorFile, name: str, keys: Roles, config: Config, shared: Map
 
 def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, str], config: Config) -> Update:
     a, b, kind = pair(file, name, keys, parameters)
-    named = parameters.get(name, name)
+    named = parameters.get(name, owner(name))
     is_tied_head = named == HEAD and config.data.get("ensure_weight_tying")
     if not config.is_target(named) and not is_tied_head:
         raise ValueError(
@@ -192,6 +193,11 @@ def _update(file: TensorFile, name: str, keys: Roles, parameters: Mapping[str, s
     spec = config.at(named)
     rank = spec.rank
     stacked = len(a) if kind == EXPERTS else rank
+    if kind == CONV and b.shape[1] < rank == len(a) and rank % b.shape[1] == 0:
+        raise ValueError(
+            f"{file.path}: {named} is a grouped convolution, whose groups get ranks that see all inputs: that is "
+            "no change of its kernel, and PEFT can't merge it either. Leave it out (exclude_modules), and train anew"
+        )
     if stacked % rank or len(a) != stacked or b.shape[1] != stacked:
         raise ValueError(
             f"{file.path}: by its settings {named} has rank {rank}, but its factors are {a.shape} and {b.shape}, of "
@@ -215,14 +221,15 @@ def pair(
     if missing := [role for role in roles if role not in keys]:
         raise ValueError(f"{file.path}: {name} has {sorted(keys.values())}, but not the other factor, {missing[0]}")
     a, b = (file[keys[role]] for role in roles)
-    kind = EMBEDDING if is_table else EXPERTS if name in parameters else CONV if a.ndim == 4 else LINEAR
-    is_conv = kind == CONV and b.ndim == 4 and b.shape[2:] == (1, 1)
-    if is_conv:
-        b = b[:, :, 0, 0]
-    if a.ndim != (4 if kind == CONV else 2) or b.ndim != 2:
+    kind = EMBEDDING if is_table else EXPERTS if name in parameters else CONV if a.ndim in (3, 4, 5) else LINEAR
+    if kind == CONV and b.ndim == a.ndim and {*b.shape[2:]} == {1}:
+        b = b.reshape(b.shape[:2])
+    elif kind == CONV and a.ndim == 3:
+        kind = LINEAR  # no convolution has factors of three axes and of two
+    if (kind != CONV and a.ndim != 2) or b.ndim != 2:
         raise ValueError(
-            f"{file.path}: the factors of {name} are {a.shape} and {b.shape}; expected are (r, in) and (out, r), or "
-            "(r, in, height, width) and (out, r, 1, 1)"
+            f"{file.path}: the factors of {name} are {a.shape} and {b.shape}; expected are (r, in) and (out, r), or of "
+            "a convolution (r, in, window...) and (out, r, 1...)"
         )
     return a, b, kind
 

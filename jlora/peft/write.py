@@ -13,6 +13,7 @@ import numpy as np
 
 from jlora.nodes.form import Form
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Filed, Update
+from jlora.peft.attention import owner, together
 from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
@@ -31,10 +32,13 @@ def write(directory: Path, collected: Collected, base_model: str | None = None, 
       ValueError: if PEFT has no settings for such an adapter, or no such task.
     """
     task_type = checked_task(task_type)
-    adapter, frozen = _with_head(collected.adapter, collected.known), dict(collected.frozen)
-    settings = _settings(adapter, collected.known, frozen, base_model) | {"task_type": task_type}
+    adapter, known = together(_with_head(collected.adapter, collected.known), collected.known)
+    frozen = dict(collected.frozen)
+    settings = _settings(_outermost(adapter), known, frozen, base_model) | {"task_type": task_type}
     if not collected.is_all_known:  # of the model: a short name might be another module's too
-        settings["target_modules"] = sorted(n for n, update in adapter.updates.items() if update.kind != EXPERTS)
+        settings["target_modules"] = sorted(
+            n for n, update in _outermost(adapter).updates.items() if update.kind != EXPERTS
+        )
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
     tensors = dict(_tensors(adapter, saved))
     infos = {name: TensorInfo(x.shape, x.dtype) for name, x in sorted(tensors.items())}
@@ -43,6 +47,12 @@ def write(directory: Path, collected: Collected, base_model: str | None = None, 
         write_tensors(directory / WEIGHTS, infos, tensors.__getitem__, header(directory, settings))
         write_json(directory / CONFIG, settings)
         write_card(directory, settings)
+
+
+def _outermost(adapter: Adapter) -> Adapter:
+    """Without the modules that stand within another, whose settings are theirs."""
+    kept = {name: update for name, update in adapter.updates.items() if owner(name) == name}
+    return dataclasses.replace(adapter, updates=kept)
 
 
 def _with_head(adapter: Adapter, known: Mapping[str, bool]) -> Adapter:
@@ -110,12 +120,12 @@ def _roles(update: Update | Filed) -> Mapping[str, np.ndarray]:
     a, b = update.a, update.b
     extra = {"lora_magnitude_vector": update.magnitude, "lora_B.bias": update.bias}
     if update.kind == CONV and update.magnitude is not None:
-        extra["lora_magnitude_vector"] = update.magnitude.reshape(1, -1, 1, 1)
+        extra["lora_magnitude_vector"] = update.magnitude.reshape(1, -1, *[1] * (a.ndim - 2))
     if update.kind == EMBEDDING:
         pair = {"lora_embedding_A": a, "lora_embedding_B": b}
     else:
         if update.kind == CONV:
-            b = b[:, :, None, None]
+            b = b.reshape(*b.shape, *[1] * (a.ndim - 2))
         if update.kind == EXPERTS:
             a, b = a.reshape(-1, a.shape[-1]), np.moveaxis(b, 0, -1).reshape(b.shape[1], -1)
         pair = {"lora_A.weight": a, "lora_B.weight": b}

@@ -16,7 +16,7 @@ import numpy as np
 
 from jlora.factors.random import RANDOM
 from jlora.factors.spectral import SPECTRAL, spectral
-from jlora.nodes.axes import Axes, AxesOfUse
+from jlora.nodes.axes import Axes, AxesOfConv, AxesOfUse
 from jlora.nodes.checks import check_variant
 from jlora.nodes.node import AdaptedParam
 from jlora.targets.patterns import Pattern, matcher, text_of
@@ -142,10 +142,12 @@ def axes_of(pattern: str, value: Any) -> Axes:
     if isinstance(value, Axes):
         return value
     if isinstance(value, Mapping):
-        check_known(f"axes[{pattern!r}]", value, ["in_axis", "out_axis", "batch_axis", "lookup"])
+        check_known(f"axes[{pattern!r}]", value, ["in_axis", "out_axis", "batch_axis", "lookup", "conv"])
         expect(type(value.get("lookup", True)) is bool, f"axes[{pattern!r}]", "lookup, true or false", value)
+        expect(value.get("conv", True) is True, f"axes[{pattern!r}]", "conv, true", value)
     try:
-        made: Any = AxesOfUse if isinstance(value, Mapping) and "lookup" in value else Axes
+        kinds = {"lookup": AxesOfUse, "conv": AxesOfConv}
+        made: Any = next((kind for name, kind in kinds.items() if isinstance(value, Mapping) and name in value), Axes)
         return made(**value) if isinstance(value, Mapping) else made(*value)
     except TypeError:
         expected = "jlora.Axes, or its in_axis, out_axis and batch_axis"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.interpret.sites import LINEAR, Site
-from jlora.nodes.axes import Axes, of_use
+from jlora.nodes.axes import Axes, of_conv, of_use
 from jlora.targets.paths import module_of
 from jlora.targets.patterns import matcher
 
@@ -51,7 +51,7 @@ def is_linear(path: str, leaf: Any, sites: Sites | None) -> bool:
     """Whether a leaf is the kernel of a linear layer, as ``"all-linear"`` means it."""
     if sites is not None:
         return path in sites and sites[path].kind in LINEAR
-    return path.rpartition("/")[2] in (*KERNELS, "weight") and not _is_conv(path, len(leaf.shape))
+    return path.rpartition("/")[2] in (*KERNELS, "weight") and not is_conv(path, len(leaf.shape))
 
 
 def kernel_axes(
@@ -83,7 +83,7 @@ def kernel_axes(
 def _kind(path: str, ndim: int, sites: Sites | None) -> str:
     if sites is not None and path in sites and sites[path].kind != "other":
         return sites[path].kind
-    return "embedding" if path.rpartition("/")[2] in EMBEDDINGS else "conv" if _is_conv(path, ndim) else "dot"
+    return "embedding" if path.rpartition("/")[2] in EMBEDDINGS else "conv" if is_conv(path, ndim) else "dot"
 
 
 def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
@@ -94,6 +94,8 @@ def _site_axes(path: str, leaf: Any, sites: Sites) -> tuple[Axes, str]:
             f"wrap: sites do not tell the axes of {path} of shape {tuple(leaf.shape)}: {why}. Exclude it, or give its "
             f"axes: LoraSpec(axes={{{path!r}: jlora.Axes(...)}})"
         )
+    if site.kind == "conv" and len(site.axes.in_axis) == 2 and not is_conv(path, len(leaf.shape)):
+        return of_conv(site.axes), site.kind
     is_looked_up = site.kind == "embedding"
     is_told = len(leaf.shape) != 2 or is_table(path) == is_looked_up
     return (site.axes if is_told else of_use(site.axes, is_looked_up)), site.kind
@@ -105,7 +107,7 @@ def _by_convention(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Axes | No
         return None
     if ndim == 2:
         return Axes((0,), (1,))
-    if _is_conv(path, ndim) and name in KERNELS:
+    if is_conv(path, ndim) and name in KERNELS:
         return Axes(tuple(range(ndim - 1)), (ndim - 1,))
     if ndim == 3 and layer in ("query", "key", "value") and _heads(path, "out", 0, leaves) in (None, leaf.shape[1:]):
         return Axes((0,), (1, 2))
@@ -126,5 +128,5 @@ def _fits_bias(axes: Axes, leaf: Any, bias: Any) -> bool:
     return bias is None or len(leaf.shape) < 3 or tuple(bias.shape) == tuple(leaf.shape[axis] for axis in axes.out_axis)
 
 
-def _is_conv(path: str, ndim: int) -> bool:
+def is_conv(path: str, ndim: int) -> bool:
     return ndim >= 3 and re.search("conv", module_of(path).rpartition("/")[2], re.IGNORECASE) is not None

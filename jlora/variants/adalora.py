@@ -58,6 +58,7 @@ class AdaLoraParam(AdaptedParam):
         {"lora_A": "lora_a: rank in", "lora_B": "lora_b: out rank", "lora_E": "lora_e: rank one"},
         {"init_r": ("rank", 12), "lora_alpha": ("alpha", 8), "lora_dropout": ("dropout", 0.0)},
         fixed={"total_step": 1, "tinit": 0, "tfinal": 0},
+        kinds=("linear", "conv"),
         bias="lora_only",
     )
 

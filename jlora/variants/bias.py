@@ -1,4 +1,4 @@
-"""The bias of an update: a bias that is trained as a difference."""
+"""Biases beside adapted kernels: one that is trained as a difference, and one that is scaled as the kernel is."""
 
 from __future__ import annotations
 
@@ -40,3 +40,27 @@ class LoraBiasParam(AdaptedParam):
         del name, key
         sums = wide(self.base.dtype)
         return (self.base.astype(sums) + self.scale * self.lora_bias.astype(sums)).astype(self.base.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class GainedBiasParam(AdaptedParam):
+    """``bias * gain``: the bias beside a kernel whose outputs are scaled, as PEFT's IA3 scales the two together.
+
+    Here the two gains train apart; `jlora.peft.save` writes such an adapter as long as they are the same.
+
+    Args:
+      base: the layer's bias, frozen.
+      gain: of its shape, trained.
+    """
+
+    base: Any = frozen()
+    gain: Any = trained()
+
+    def identity(self) -> GainedBiasParam:
+        return dataclasses.replace(self, gain=jnp.ones_like(self.gain))
+
+    def effective(self, name: str, key: jax.Array | None) -> jax.Array:
+        del name, key
+        sums = wide(self.base.dtype)
+        return (self.base.astype(sums) * self.gain.astype(sums)).astype(self.base.dtype)

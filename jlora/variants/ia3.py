@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,8 +23,21 @@ class _Form(Form):
     """A module of ``feedforward_modules`` scales its inputs. The vector lies along an axis of the weight's."""
 
     def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
-        del spec
-        return {"ia3_l": fields["ia3_l"].reshape(-1)}
+        x = fields["ia3_l"]
+        if x.ndim > 2 and spec.options["on"] == "in":
+            raise ValueError(
+                "peft.load: IA3 of a convolution's inputs (feedforward_modules) has one number for a channel, "
+                "whatever the place in the window, which is not read; merge the adapter in PEFT"
+            )
+        return {"ia3_l": x.reshape(-1)}
+
+    def sizes(self, tensors: Mapping[str, Any]) -> tuple[int | None, int | None]:
+        shape = tensors["ia3_l"].shape
+        return (shape[1], None) if len(shape) == 2 and shape[0] == 1 < shape[1] else (None, math.prod(shape))
+
+    def gain_of_bias(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        ins, _ = self.sizes(tensors)
+        return tensors["ia3_l"].reshape(-1) if ins is None else None
 
     def class_of(self, cls: Any, spec: Any) -> Any:
         return Ia3InParam if spec.options["on"] == "in" else cls
@@ -36,7 +51,7 @@ class _Form(Form):
         return {"feedforward_modules": isinstance(node, Ia3InParam)}
 
 
-_FORM = _Form("IA3", {"ia3_l": "ia3_l"}, listed=("feedforward_modules",), kinds=("linear",))
+_FORM = _Form("IA3", {"ia3_l": "ia3_l"}, listed=("feedforward_modules",), kinds=("linear", "conv"))
 
 
 @jax.tree_util.register_dataclass

@@ -141,12 +141,12 @@ class LokrParam(AdaptedParam):
     base: Any = frozen()
     lokr_c: Any = trained("batch p q")
     lokr_a: Any = trained("batch within rank")
-    lokr_b: Any = trained("batch rank beyond")
+    lokr_b: Any = trained("batch rank beyond", optional=True)
     axes: Axes = static()
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
     layers: tuple[int, ...] | None = static(default=None)
-    lokr_c2: Any = trained("batch small last", default=())
+    lokr_c2: Any = trained("batch small last", optional=True, default=())
     whole_rank: int = static(default=0)
 
     @classmethod

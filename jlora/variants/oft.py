@@ -251,7 +251,7 @@ class BoftParam(Rotation):
     axes: Axes = static()
     size: int = static()
     layers: tuple[int, ...] | None = static(default=None)
-    boft_s: Any = trained("batch out", default=())
+    boft_s: Any = trained("batch out", optional=True, default=())
     butterfly: str = static(default="powers")
 
     @classmethod

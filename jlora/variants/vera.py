@@ -7,13 +7,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jlora.factors.mersenne import Generator
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
+
+
+class _Form(Form):
+    """A file without the projections has their seed, from which PyTorch draws them."""
+
+    def draw(self, spec: Any, ins: int, outs: int) -> dict[str, np.ndarray]:
+        generator, rank = Generator(spec.options["projection_seed"]), spec.rank
+        bounds = (6 / ins) ** 0.5, (6 / rank) ** 0.5
+        return {
+            "vera_A": generator.uniform((rank, ins), -bounds[0], bounds[0]),
+            "vera_B": generator.uniform((outs, rank), -bounds[1], bounds[1]),
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +55,7 @@ class VeraParam(AdaptedParam):
     SETTINGS = ("rank", "dropout")
     OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
     LINEAR = ("lambda_b",)
-    FORM = Form(
+    FORM = _Form(
         "VERA",
         {"vera_lambda_b": "lambda_b: out", "vera_lambda_d": "lambda_d: rank"},
         {"r": ("rank", 256), "vera_dropout": ("dropout", 0.0)},

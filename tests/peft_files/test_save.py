@@ -18,9 +18,9 @@ STATE |= {name.replace("weight", "bias"): noise(8) for name in STATE}
 STATE |= {"embed_tokens.weight": noise(10, 8), "pooler.dense.weight": noise(8, 8), "norm.weight": noise(8)}
 
 
-def wrapped(targets, **settings):
+def wrapped(targets, state=STATE, **settings):
     axes = dict.fromkeys(("q_proj", "dense"), LINEAR)
-    return noisy(nested(STATE), jlora.LoraSpec(targets=targets, axes=axes, **settings))
+    return noisy(nested(state), jlora.LoraSpec(targets=targets, axes=axes, **settings))
 
 
 def saved(directory, tree):
@@ -72,9 +72,10 @@ def test_each_variant_is_written_as_what_it_is(name, tmp_path):
     """Its settings and its arrays come back, not its function alone."""
     settings, method = VARIANTS[name]
     rank = {} if method in ("IA3", "OFT", "BOFT") else {"rank": 2}
-    tree = wrapped(["q_proj"], **rank | settings)
+    state = {key: x for key, x in STATE.items() if not key.endswith("bias")} if name == "ia3" else STATE
+    tree = wrapped(["q_proj"], state, **rank | settings)
     assert saved(tmp_path, tree)["peft_type"] == method
-    again = jlora.peft.load(tmp_path, nested(STATE))
+    again = jlora.peft.load(tmp_path, nested(state))
     assert_same(merged(again), merged(tree))
     ours, theirs = (t["layers"]["1"]["attn"]["q_proj"]["weight"] for t in (tree, again))
     if name not in OTHER_ARRAYS:
@@ -83,6 +84,20 @@ def test_each_variant_is_written_as_what_it_is(name, tmp_path):
             *(jax.tree.leaves(jlora.partition({"w": node})[0]) for node in (theirs, ours)), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_ia3_scales_biases_in_peft(tmp_path):
+    """Loaded, the two have one vector; where they have two, as in training here, there is no such file."""
+    tree = wrapped(["q_proj"], variant="ia3")
+    with pytest.raises(ValueError, match="other gains than its kernel"):
+        jlora.peft.save(tmp_path, tree)
+    state = {key: x for key, x in STATE.items() if not key.endswith("bias")}
+    jlora.peft.save(tmp_path, wrapped(["q_proj"], state, variant="ia3"))
+    again = jlora.peft.load(tmp_path, nested(STATE))
+    layer = again["layers"]["2"]["attn"]["q_proj"]
+    np.testing.assert_array_equal(layer["bias"].gain, layer["weight"].ia3_l)
+    jlora.peft.save(tmp_path / "again", again)
+    assert_same(merged(jlora.peft.load(tmp_path / "again", nested(STATE))), merged(again))
 
 
 def test_what_no_method_of_pefts_is_is_refused(tmp_path):
