@@ -42,7 +42,8 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     Raises:
       ValueError: if a pattern matches nothing, two leaves have one path, a kernel's axes are ambiguous, its type is no
         floating one, the rank is larger than the kernel, or the variant does not have such a use of a kernel.
-      TypeError: if the tree is wrapped already, `spec` is no `LoraSpec`, or `key` is not one PRNG key.
+      TypeError: if the tree is wrapped already, or an ``nnx.Module``, `spec` is no `LoraSpec`, or `key` is not one
+        PRNG key.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -56,6 +57,11 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
     """
     if not isinstance(spec, LoraSpec):
         raise TypeError(f"wrap: spec must be a jlora.LoraSpec, found {type(spec).__name__}")
+    if any(f"{cls.__module__}.{cls.__name__}".endswith("nnx.module.Module") for cls in type(params).__mro__):
+        raise TypeError(
+            "wrap takes a tree of parameters, and this is an nnx.Module: jlora.nnx.wrap(model, spec) adapts it. The "
+            "functional way splits it first: graphdef, params, rest = nnx.split(model, nnx.Param, ...)"
+        )
     paths, leaves, treedef = flatten_named("wrap", params, is_unit)
     _check_plain(paths, leaves)
     plan = resolve(params, dict(zip(paths, leaves, strict=True)), spec, sites)

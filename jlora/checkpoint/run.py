@@ -142,8 +142,8 @@ class Checkpoints:
 
         Raises:
           FileExistsError: if the step is there already.
-          TypeError: if nothing in the tree is wrapped, the state has something else than arrays, a metric is no number,
-            or `extra` is no JSON.
+          TypeError: if nothing in the tree is wrapped, the state is a ``TrainState`` or has something else than
+            arrays, a metric is no number, or `extra` is no JSON.
           ValueError: if the step is no number from 0 on, processes give different metrics or extras, or the metrics
             lack the one that says what is best.
           Exception: what went wrong when the step before was written.
@@ -159,6 +159,12 @@ class Checkpoints:
           ([20, 30], 20, 30)
         """
         self.wait()
+        if hasattr(state, "opt_state") and hasattr(state, "params"):
+            raise TypeError(
+                f"Checkpoints.save: state is a {type(state).__name__}, which has the base too. Give what is not in the "
+                "tree: save(step, ts.params, state=ts.opt_state), and after load ts.replace(step=step, params=tree, "
+                "opt_state=state)"
+            )
         values, told = adapter.contents("Checkpoints.save", tree)
         numbers = {name: _number(name, x) for name, x in (metrics or {}).items()}
         self._check_step(step, numbers, extra)

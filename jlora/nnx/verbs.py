@@ -69,6 +69,9 @@ def wrap(
         wrapped = wrap_tree(nnx.as_pure(params), spec, key=key, sites=sites)
     except ValueError as error:
         error.add_note("of an NNX model: jlora.nnx.wrap(model, spec, sites=jlora.nnx.sites(model, *args))")
+        of_tree = "Trace the function, jlora.wrap(params, spec, sites=jlora.sites(fn, params, *args))"
+        of_model = "Trace the model, jlora.nnx.wrap(model, spec, sites=jlora.nnx.sites(model, *args))"
+        error.args = (str(error).replace(of_tree, of_model),)
         raise
     settings = {"native_dots": native_dots, "merged": strategy == "merged"}
     given = {"rngs": _stream(wrapped, spec.seed), "fallback": fallback, "settings": settings}

@@ -115,9 +115,10 @@ def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:
         way = f" but the other way round; if it is so, {how_to_say(name)}" if is_other else ""
         raise ValueError(f"{factors}, which do not fit {path} of shape {tuple(shape)}{way}")
     way = f", {how_to_say(name)}" if is_matrix and update.kind == LINEAR else ""
+    said = " ".join(fits[0])
     raise ValueError(
         f"{factors}; the sizes of {path}, {tuple(shape)}, do not tell its axes: {_either(fits)}. Give "
-        'sites=jlora.sites(fn, params, *args), or say it in the map: (name, path, jlora.peft.Layout("in out out"))'
+        f"sites=jlora.sites(fn, params, *args), or say it in the map: (name, path, jlora.peft.Layout({said!r}))"
         f"{way}"
     )
 

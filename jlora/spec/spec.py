@@ -56,7 +56,8 @@ class LoraSpec:
       options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.
       layers: the layers to adapt, such as ``range(8, 16)``: by the number in a path, or on the stacked axis; None: all.
       layers_name: of the list of layers, where a path has other numbers before the layer's: ``"layers"``, or with what
-        is before it, ``"encoder.layer"``; or several such names, of which a path has one.
+        is before it, ``"encoder.layer"``; or several such names, of which a path has one. Or of the module that stacks
+        the layers, where its own name has a number, as Flax's automatic ones: ``"ScanBlock_0"``.
       bias: which biases are trained too: ``"none"``, ``"all"`` or ``"lora_only"`` (those beside adapted kernels).
       lora_bias: whether the update has a bias of its own: the layer's becomes ``bias + scale * lora_bias``.
       train: patterns of leaves and modules trained in full (PEFT's ``modules_to_save``).

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jlora
@@ -370,3 +371,14 @@ def test_a_state_without_arrays(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree_of(), state=state)
     assert jax.tree.structure(checkpoints.load(PARAMS, state=state).state) == jax.tree.structure(state)
+
+
+def test_a_train_state_is_no_state(tmp_path):
+    """It has the base, which would be written with each step."""
+    tree = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(rank=2))
+    state = TrainState.create(apply_fn=None, params=tree, tx=jlora.optimizer(optax.adam(1e-3), tree))
+    with jlora.checkpoint.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(TypeError, match=r"state is a TrainState.*state=ts\.opt_state"):
+            checkpoints.save(1, state.params, state=state)
+        checkpoints.save(1, state.params, state=state.opt_state)
+    assert checkpoints.latest == 1

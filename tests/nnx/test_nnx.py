@@ -626,3 +626,8 @@ def test_dropout_of_one_kernel_and_of_a_tree_that_comes_later():
     assert error(later(X), later(X)) == 0
     jlora.nnx.update(later, jlora.nnx.tree(adapted))
     assert error(later(X), later(X)) > 1e-3
+
+
+def test_wrap_refuses_a_module():
+    with pytest.raises(TypeError, match=r"nnx\.Module: jlora\.nnx\.wrap"):
+        jlora.wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), jlora.LoraSpec(rank=2))

@@ -1,5 +1,7 @@
 """Layer ranges, on unrolled and on stacked layers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -100,7 +102,13 @@ def test_all_layers_are_no_choice():
     [
         (unrolled(), {"layers": [2, 7]}, r"names \[7\], but targets are in layers \[0, 1, 2, 3\]"),
         ({"head": {"kernel": jnp.ones((8, 5))}}, {"layers": [0]}, "no target has a layer's number"),
-        (unrolled(), {"layers": [1], "layers_name": "blocks"}, "no target has a layer's number"),
+        (unrolled(), {"layers": [1], "layers_name": "blocks"}, "'blocks' is neither a list"),
+        (unrolled(), {"layers": [1], "layers_name": "head"}, "no target has a layer's number"),
+        (
+            {"Block_0": {"Dense_0": {"kernel": jnp.ones((8, 8))}}, "Dense_0": {"kernel": jnp.ones((8, 8))}},
+            {"layers": [0]},
+            "several lists, 'Block' as in Block_0/Dense_0/kernel, 'Dense' as in Dense_0/kernel",
+        ),
     ],
 )
 def test_layers_that_are_not_there(tree, settings, message):
@@ -112,6 +120,31 @@ def test_a_stack_without_that_layer():
     case = STACKED
     with pytest.raises(ValueError, match=r"layers=\[5\] names \[5\], but down stacks 3 layers"):
         jlora.wrap(case.params, jlora.LoraSpec(targets="down", rank=2, layers=[5]), sites=case.sites)
+
+
+SCANNED = {"ScanBlock_0": {"Dense_0": {"kernel": jnp.ones((4, 8, 8))}}, "head": {"kernel": jnp.ones((8, 5))}}
+AXES = {"ScanBlock_0/*": jlora.Axes(1, 2, 0)}
+
+
+def test_a_number_in_the_path_of_a_stack_has_two_readings():
+    """Flax's automatic names have one."""
+    spec = jlora.LoraSpec(rank=2, axes=AXES, layers=[0])
+    with pytest.raises(ValueError, match=r"two readings.*layers_name='ScanBlock_0'.*layers_name='ScanBlock'"):
+        jlora.wrap(SCANNED, spec)
+    with pytest.raises(ValueError, match=r"names \[1, 2\], but.*layers_name='ScanBlock_0' says so"):
+        jlora.wrap(SCANNED, dataclasses.replace(spec, layers=[1, 2]))
+    node = lambda **settings: jlora.wrap(SCANNED, dataclasses.replace(spec, **settings))["ScanBlock_0"]["Dense_0"][
+        "kernel"
+    ]
+    assert node(layers=[1, 2], layers_name="ScanBlock_0").layers == (1, 2)
+    assert node(layers=[0], layers_name="ScanBlock").layers is None
+
+
+def test_a_layer_of_experts_is_told_by_the_kernels_beside():
+    layer = lambda: {"experts": {"kernel": jnp.ones((4, 8, 8))}, "query": {"kernel": jnp.ones((8, 8))}}
+    spec = jlora.LoraSpec(rank=2, layers=[1], axes={"experts/*": jlora.Axes(1, 2, 0)})
+    tree = jlora.wrap({f"layers_{i}": layer() for i in range(2)}, spec)
+    assert is_node(tree["layers_1"]["experts"]["kernel"]) and not is_node(tree["layers_0"]["experts"]["kernel"])
 
 
 @pytest.mark.parametrize("layers", [3, "all", [], [1, 1], [-1], [True], [0.5]])
