@@ -144,8 +144,12 @@ class Config:
 
     def is_saved(self, parameter: str) -> bool:
         """Whether a parameter lies in a module of ``modules_to_save``."""
-        saved = tuple(self.data.get("modules_to_save") or ())
-        return bool(saved) and self._names(modules.within(saved), parameter.rpartition(".")[0])
+        saved, module = tuple(self.data.get("modules_to_save") or ()), parameter.rpartition(".")[0]
+        return (bool(saved) and self._names(modules.within(saved), module)) or self._is_norm(module)
+
+    def _is_norm(self, module: str) -> bool:
+        """Whether a module is one that LN tuning trains whole."""
+        return self.data["peft_type"] == "LN_TUNING" and self._names(self.spec.train, module)
 
     @property
     def has_tables(self) -> bool:

@@ -9,6 +9,7 @@ from jlora.nodes.form import Form
 
 PREFIX = "base_model.model."
 SHARED = "base_model."  # before tensors that all modules have in common
+WHOLE = "ln_tuning_layers"  # before the parameters of modules that LN tuning trains whole
 TOKENS = "token_adapter.trainable_tokens_delta"
 _ROLES = {
     "lora_A.weight": "a",
@@ -99,4 +100,4 @@ def parse(key: str, form: Form | None = None) -> Key:
         )
     if re.search(rf"(^|\.)({_OWN})_", name):
         raise ValueError(f"the tensor {key[:200]!r} is of no kind that jlora knows{_whose(form)}")
-    return Key(name.replace(".base_layer.", "."), "full")
+    return Key(name.replace(".base_layer.", ".").replace(f".{WHOLE}.", "."), "full")

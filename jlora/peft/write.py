@@ -18,7 +18,7 @@ from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
 from jlora.peft.files import locked
-from jlora.peft.keys import PREFIX, SHARED, TOKENS
+from jlora.peft.keys import PREFIX, SHARED, TOKENS, WHOLE
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.read import nesting
 from jlora.peft.settings import CONFIG, WEIGHTS, header
@@ -40,6 +40,13 @@ def write(directory: Path, collected: Collected, base_model: str | None = None, 
             n for n, update in _outermost(adapter).updates.items() if update.kind != EXPERTS
         )
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
+    if _is_of_norms(adapter):
+        saved = frozen
+        if wide := next((name for name, x in frozen.items() if x.ndim > 1), None):
+            raise ValueError(
+                f"peft.save: of {wide.rpartition('.')[0]} the bias alone trains, and PEFT has no files of such; "
+                "adapt a kernel beside (bias='all'), or merge it"
+            )
     tensors = dict(_tensors(adapter, saved))
     infos = {name: TensorInfo(x.shape, x.dtype) for name, x in sorted(tensors.items())}
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +91,8 @@ def _tensors(adapter: Adapter, saved: Mapping[str, np.ndarray]) -> Iterable[tupl
     for name, array in {**adapter.full, **saved}.items():
         module, _, leaf = name.rpartition(".")
         is_beside = leaf == "bias" and module in adapter.updates
-        yield f"{PREFIX}{module}.base_layer.bias" if is_beside else PREFIX + name, array
+        inner = f"{module}.{WHOLE}.{leaf}" if _is_of_norms(adapter) else name
+        yield f"{PREFIX}{module}.base_layer.bias" if is_beside else PREFIX + inner, array
     for name, (_, rows) in adapter.tokens.items():
         yield f"{PREFIX}{name}.{TOKENS}", rows
 
@@ -150,6 +158,11 @@ def _settings(
 ) -> dict[str, Any]:
     if adapter.form is not None:
         return _settings_of_form(adapter.form, adapter, known, frozen, base_model)
+    if _is_of_norms(adapter):
+        whole = {name.rpartition(".")[0] for name in adapter.full}
+        every = {name.removesuffix(".bias") for name in known}
+        shared = {"peft_type": "LN_TUNING", "base_model_name_or_path": base_model, "inference_mode": True}
+        return shared | {"target_modules": named(whole, every), "modules_to_save": None}
     scales = {name: Scale.of(update.rank, update.scale) for name, update in adapter.updates.items()}
     rslora = bool(scales) and all(scale.rslora for scale in scales.values())
     alphas = {
@@ -186,6 +199,11 @@ def _settings(
         "alpha_pattern": _with_routers(pattern(alphas, alpha)),
         "ensure_weight_tying": tied is not None and tied in adapter.updates,
     }
+
+
+def _is_of_norms(adapter: Adapter) -> bool:
+    """Whether all that trains is norms, whole: PEFT's LN tuning."""
+    return not adapter.updates and not adapter.tokens and all(x.ndim < 2 for x in adapter.full.values())
 
 
 def _settings_of_form(

@@ -138,6 +138,12 @@ def _vera(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _ln_tuning(settings: Settings) -> dict[str, Any]:
+    given = settings.get("target_modules")
+    named = (modules.matching(given),) if isinstance(given, str) else modules.named(settings.listed("target_modules"))
+    return {"targets": (), "exclude": (), "train": named + modules.within(settings.listed("modules_to_save"))}
+
+
 def _init(settings: Settings) -> str:
     given = settings.get("init_lora_weights", True)
     if given is True:
@@ -188,5 +194,6 @@ METHODS = {
     "IA3": Method(_ia3, "feedforward_modules init_ia3_weights exclude_modules"),
     "OFT": Method(_oft, f"r oft_block_size bias init_weights {CAYLEY} exclude_modules {LAYERS}"),
     "BOFT": Method(_boft, f"boft_block_size boft_n_butterfly_factor bias init_weights exclude_modules {LAYERS}"),
+    "LN_TUNING": Method(_ln_tuning, ""),
     "VERA": Method(_vera, f"r d_initial projection_prng_key save_projection vera_dropout bias init_weights {LAYERS}"),
 }

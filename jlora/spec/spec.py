@@ -42,6 +42,7 @@ class LoraSpec:
         given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
         ``logits_dense``), a pattern or a sequence of patterns over paths (see above), which may have ``"all-linear"``
         among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
+        ``()`` adapts nothing: beside `train`, as LN tuning of norms, or ``bias="all"``, as BitFit.
       exclude: patterns taken out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.

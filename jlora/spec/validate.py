@@ -66,6 +66,11 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": None if given["dtype"] is None else float_dtype(given["dtype"]),
     }
     check_ranges(found)
+    if found["targets"] == () and not found["train"] and not found["train_tokens"] and found["bias"] != "all":
+        raise ValueError(
+            'LoraSpec: targets must be "all-linear", patterns, a function (path, leaf) -> bool or a tree of booleans, '
+            "found (): nothing would train. It is for train=, train_tokens= or bias='all' alone"
+        )
     return found | {"overrides": {p: override(found, p, value) for p, value in pairs("overrides")}}
 
 
@@ -80,6 +85,8 @@ def target_tuple(targets: Any) -> Any:
     leaves = jax.tree.leaves(targets)
     if leaves and all(isinstance(leaf, bool) for leaf in leaves):
         return targets
+    if isinstance(targets, Sequence) and not isinstance(targets, (str, bytes)) and not targets:
+        return ()  # beside leaves that train in full
     if not isinstance(targets, (str, re.Pattern, Sequence)) or isinstance(targets, bytes) or not targets:
         raise ValueError(
             'LoraSpec: targets must be "all-linear", patterns, a function (path, leaf) -> bool or a tree of booleans, '

@@ -100,6 +100,21 @@ def test_ia3_scales_biases_in_peft(tmp_path):
     assert_same(merged(jlora.peft.load(tmp_path / "again", nested(STATE))), merged(again))
 
 
+def test_norms_alone_are_ln_tuning(tmp_path):
+    tree = noisy(nested(STATE), jlora.LoraSpec(targets=(), train="norm"))
+    assert saved(tmp_path, tree) == {
+        "peft_type": "LN_TUNING", "base_model_name_or_path": None, "inference_mode": True, "target_modules": ["norm"],
+        "modules_to_save": None, "task_type": None,
+    }  # fmt: skip
+    assert [*TensorFile(tmp_path / "adapter_model.safetensors")] == ["base_model.model.norm.ln_tuning_layers.weight"]
+    again = jlora.peft.load(tmp_path, nested(STATE))
+    assert isinstance(again["norm"]["weight"], jlora.TrainableParam)
+    assert_same(merged(again), merged(tree))
+    biases = noisy(nested(STATE), jlora.LoraSpec(targets=(), bias="all"))
+    with pytest.raises(ValueError, match="the bias alone trains"):
+        jlora.peft.save(tmp_path / "biases", biases)
+
+
 def test_what_no_method_of_pefts_is_is_refused(tmp_path):
     tree = wrapped(["q_proj"], variant="boft", options={"block_size": 2, "factors": 3})
     with pytest.raises(ValueError, match=r"another butterfly.*halves"):

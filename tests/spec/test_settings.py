@@ -274,6 +274,15 @@ def test_a_methods_own_biases_are_those_beside_its_kernels():
 
 # -------------------------------------------------------------------------------- PEFT's other methods
 
+
+def test_ln_tuning_trains_modules_whole():
+    spec = LoraSpec.from_peft({"peft_type": "LN_TUNING", "target_modules": ["norm"], "modules_to_save": ["head"]})
+    assert spec.targets == () and len(spec.train) == 2
+    assert LoraSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(ValueError, match="nothing would train"):
+        LoraSpec(targets=())
+
+
 SERIES = {"cayley": "neumann", "terms": 5}  # PEFT's default
 METHODS = {
     "ADALORA": ({"init_r": 6, "target_r": 2, "total_step": 9, "r": 8}, {"variant": "adalora", "rank": 6, "alpha": 8}),
@@ -321,7 +330,7 @@ REFUSED = {
     "text as list": ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names"),
     "unknown": ({"lora_alhpa": 1}, "knows no setting 'lora_alhpa' (found 1); did you mean 'lora_alpha'?"),
     "of another method": ({"init_r": 4}, "knows no setting 'init_r'"),
-    "method": ({"peft_type": "XLORA"}, "LORA, ADALORA, LOHA, LOKR, IA3, OFT, BOFT, VERA"),
+    "method": ({"peft_type": "XLORA"}, "LORA, ADALORA, LOHA, LOKR, IA3, OFT, BOFT, LN_TUNING, VERA"),
     "rank": ({"r": "16"}, "from_peft: rank must be an integer of at least 1, found '16'"),
     "alpha": ({"lora_alpha": 0}, "alpha must be a positive"),
     "dropout": ({"lora_dropout": 1.0}, "dropout must be a rate"),
