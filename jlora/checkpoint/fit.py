@@ -27,10 +27,13 @@ def check_names(told: Told, node: Any) -> None:
 
 
 def _names(field: Any, there: Told, cls: type) -> Sequence[str]:
-    """The arrays of a field: those of a tuple are all there or none is; so is one of a class that is not jlora's."""
+    """The arrays of a field: those of a tuple are all there or none is; so is one of a class that is not jlora's.
+
+    One that by default is not there may lack.
+    """
     dims = field.metadata.get("dims", "")
     names = tuple_names(field.name, len(dims)) if isinstance(dims, tuple) else [field.name]
-    may_lack = isinstance(dims, tuple) or field.metadata.get("optional") or cls not in CLASSES
+    may_lack = isinstance(dims, tuple) or field.metadata.get("optional") or cls not in CLASSES or field.default == ()
     return names if not may_lack or any(name in there.value for name in names) else ()
 
 

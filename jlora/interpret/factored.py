@@ -341,6 +341,7 @@ def turned(x: Any, xs: Labels, rows: Any, rs: Labels, at: Any, stride: Stride, *
 
     before, after = ("column", "row") if transpose else ("row", "column")
     seen, labels = split(x, xs, before)
+    rows = uncut(rows, rs.index(at), rows.shape[rs.index(at)] // (size * step))
     rows, row_labels = split(cast(rows, x.dtype), rs, "row")
     rows = rows.reshape(*rows.shape[:-1], *((size // run, run) if run > 1 else (size,)))
     renamed = {f"{before}{end}": f"{after}{end}" for end in ends}

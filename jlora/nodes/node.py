@@ -360,9 +360,9 @@ def with_linear(node: Any, fn: Callable[[Any], Any]) -> Any:
     changes: dict[str, Any] = {}
     for name, _, place in (entry.partition(".") for entry in type(node).LINEAR):
         value = getattr(node, name)
-        if not place:
+        if not place and not isinstance(value, tuple):
             changes[name] = fn(value)
-        elif value:
+        elif place and value:
             changes[name] = tuple(fn(x) if i == int(place) else x for i, x in enumerate(value))
     return dataclasses.replace(node, **changes)
 

@@ -15,6 +15,7 @@ import numpy as np
 from jlora.nodes import placement
 from jlora.nodes.axes import Axes, of_conv, of_use
 from jlora.nodes.checks import check_made
+from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel, KernelSpec
 from jlora.nodes.node import AdaptedParam, TrainableParam
 from jlora.nodes.qarray import codes, dense, is_qarray
@@ -51,6 +52,8 @@ def adapted(path: str, pieces: list[Piece], tree: Tree) -> AdaptedParam:
     words, fixed = _words(path, pieces, tree), fixed_axes(path, pieces)
     axes = _axes(words, fixed, len(base.shape))
     if isinstance(pieces[0].value, Filed):
+        if pieces[0].value.form.turns_bias and (bias := beside(path)) in tree.leaves:
+            raise ValueError(f"peft.load: {told_bias(pieces[0].value.form, bias)}")
         return _placed(path, dataclasses.replace(fielded.adapted(path, pieces, words, axes, base.shape), base=base))
     told = layout.kind_of(pieces[0].name, path, words)
     if told != pieces[0].value.kind and EMBEDDING in (told, pieces[0].value.kind):
@@ -93,6 +96,16 @@ def with_shared(tree: Tree, pieces: Mapping[str, list[Piece]]) -> Tree:
     shared = form.draw(next(iter(updates.values())).spec, *map(max, zip(*sizes, strict=True)))
     drawn = {name: dataclasses.replace(update, shared=shared) for name, update in updates.items()}
     return tree._replace(adapter=dataclasses.replace(tree.adapter, updates=drawn))
+
+
+def beside(path: str) -> str:
+    """The path of the bias beside a kernel."""
+    return f"{path.rpartition('/')[0]}/bias".lstrip("/")
+
+
+def told_bias(form: Form, bias: str) -> str:
+    """Why a kernel with a bias is not one of the files of a method."""
+    return f"PEFT's {form.method} changes {bias} with its kernel, which jlora leaves as it is; merge the adapter"
 
 
 def _words(path: str, pieces: list[Piece], tree: Tree) -> Words:

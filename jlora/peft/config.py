@@ -84,7 +84,10 @@ class Config:
         """The settings of another method than LoRA, but for its start and its schedule."""
         method = self.data["peft_type"]
         unsaid, own = f"{_STARTS} {_UNSAID.get(method, '')}".split(), METHODS[method].names.split()
-        kept = {n: x for n, x in self.data.items() if n not in unsaid and (n in own or not is_off(n, x))}
+        is_form = lambda n, x: method == "MISS" and n == "init_weights" and isinstance(x, str)  # "bat", "mini"
+        kept = {
+            n: x for n, x in self.data.items() if (n not in unsaid or is_form(n, x)) and (n in own or not is_off(n, x))
+        }
         return LoraSpec.from_peft(kept | ({} if self.data.get("target_modules") else {"target_modules": ["."]}))
 
     @property

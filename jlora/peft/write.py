@@ -14,6 +14,7 @@ import numpy as np
 from jlora.nodes.form import Form
 from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, Adapter, Filed, Update
 from jlora.peft.attention import owner, together
+from jlora.peft.build import told_bias
 from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
@@ -213,6 +214,9 @@ def _settings_of_form(
     bias, saved = _saved(adapter, known, frozen)
     if bias != "none" and not form.bias:
         raise ValueError(f"peft.save: biases train, which {form.method} has no setting for in PEFT; merge them")
+    turned = (f"{name}.bias" for name in adapter.updates if form.turns_bias and f"{name}.bias" in known)
+    if found := next(turned, None):
+        raise ValueError(f"peft.save: {told_bias(form, found)}")
     told = {"bias": form.bias if bias == "lora_only" else bias} if form.bias else {}
     kernels = [name for name, is_kernel in known.items() if is_kernel]
     return {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jlora.spec import modules
 from jlora.spec.reader import Settings
+from jlora.variants import VARIANTS
 
 INITS = ("gaussian", "orthogonal", "olora", "pissa")
 
@@ -144,6 +145,46 @@ def _ln_tuning(settings: Settings) -> dict[str, Any]:
     return {"targets": (), "exclude": (), "train": named + modules.within(settings.listed("modules_to_save"))}
 
 
+def _miss(settings: Settings) -> dict[str, Any]:
+    given = settings.get("init_weights", True)
+    if given == "bat":
+        settings.refuse("init_weights", "its update has no factors: each block of outputs turns the inputs on its own")
+    if given != "mini":
+        _default_init(settings, "init_weights")
+    mini = settings.number("mini_r", 1) if given == "mini" else None
+    return _of_form("miss")(settings) | {"options": {"mini": mini}}
+
+
+def _of_form(variant: str, init: str = "init_weights") -> Callable[[Settings], dict[str, Any]]:
+    """The conversion of a method whose settings `Form.settings` tells.
+
+    Args:
+      variant: its name here.
+      init: PEFT's name of the setting of its start.
+    """
+    form: Any = VARIANTS[variant].FORM
+
+    def convert(settings: Settings) -> dict[str, Any]:
+        if variant != "miss":
+            _default_init(settings, init)
+        made: dict[str, Any] = {"variant": variant, "options": {}}
+        for name, (what, default) in form.settings.items():
+            value = _typed(settings, name, default)
+            made |= {} if what.startswith("options.") else {what: value}
+            made["options"] |= {what.removeprefix("options."): value} if what.startswith("options.") else {}
+        bias = {"bias": _bias(settings)} if form.bias else {}
+        return made | bias | ({"overrides": _overrides(settings)} if form.patterns else {})
+
+    return convert
+
+
+def _typed(settings: Settings, name: str, default: Any) -> Any:
+    """A setting of the type of its default."""
+    if isinstance(default, bool):
+        return settings.flag(name) if settings.get(name) is not None else default
+    return settings.number(name, default) if isinstance(default, (int, float)) else settings.get(name, default)
+
+
 def _init(settings: Settings) -> str:
     given = settings.get("init_lora_weights", True)
     if given is True:
@@ -185,6 +226,7 @@ LORA_ONLY = "use_rslora use_dora lora_bias target_parameters rank_pattern alpha_
 LORA = f"r lora_alpha lora_dropout bias init_lora_weights trainable_token_indices exclude_modules {LAYERS} {LORA_ONLY}"
 SCHEDULE = "target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"
 LYCORIS = f"r alpha init_weights rank_pattern alpha_pattern exclude_modules {LAYERS}"
+COMMON = f"init_weights bias exclude_modules {LAYERS}"
 CAYLEY = "eps use_cayley_neumann num_cayley_neumann_terms"
 METHODS = {
     "LORA": Method(_lora, LORA),
@@ -196,4 +238,7 @@ METHODS = {
     "BOFT": Method(_boft, f"boft_block_size boft_n_butterfly_factor bias init_weights exclude_modules {LAYERS}"),
     "LN_TUNING": Method(_ln_tuning, ""),
     "VERA": Method(_vera, f"r d_initial projection_prng_key save_projection vera_dropout bias init_weights {LAYERS}"),
+    "MISS": Method(_miss, f"r miss_dropout mini_r {COMMON}"),
+    "HRA": Method(_of_form("hra"), f"r apply_GS {COMMON}"),
+    "ROAD": Method(_of_form("road"), "variant group_size init_weights"),
 }

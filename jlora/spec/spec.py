@@ -52,8 +52,8 @@ class LoraSpec:
         ``"pissa_niter_N"`` (N rounds of subspace iteration in place of the exact decomposition), ``"milora"``,
         ``"olora"``; or a function ``(key, in_shape, out_shape, rank, dtype) -> (lora_a, lora_b)`` for one kernel
         without batch axes. `jlora.init.eva` and `jlora.init.lora_ga` take a wrapped tree and data.
-      variant: a name in `jlora.variants.VARIANTS` (``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"adalora"``,
-        ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``), or an `AdaptedParam` class.
+      variant: a name in `jlora.variants.VARIANTS`, such as ``"lora"``, ``"dora"`` or ``"oft"``, or an `AdaptedParam`
+        class.
       options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.
       layers: the layers to adapt, such as ``range(8, 16)``: by the number in a path, or on the stacked axis; None: all.
       layers_name: of the list of layers, where a path has other numbers before the layer's: ``"layers"``, or with what

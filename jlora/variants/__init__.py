@@ -13,12 +13,15 @@ from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 from jlora.variants.adalora import AdaLoraParam, orthogonality
 from jlora.variants.dora import DoraParam
+from jlora.variants.hra import HraParam
 from jlora.variants.ia3 import Ia3Param
 from jlora.variants.loha import LohaParam
 from jlora.variants.lokr import LokrParam
 from jlora.variants.lora import LoraParam
 from jlora.variants.lora_fa import LoraFaParam
+from jlora.variants.miss import MissParam
 from jlora.variants.oft import BoftParam, OftParam
+from jlora.variants.road import RoadParam
 from jlora.variants.vera import VeraParam
 
 #: The classes by the names that ``LoraSpec(variant=...)`` takes: ``{"lora": LoraParam, ...}``.
@@ -33,6 +36,9 @@ VARIANTS: dict[str, type[AdaptedParam]] = {
     "ia3": Ia3Param,
     "oft": OftParam,
     "boft": BoftParam,
+    "miss": MissParam,
+    "hra": HraParam,
+    "road": RoadParam,
 }
 
 __all__ = [
@@ -43,13 +49,16 @@ __all__ = [
     "BoftParam",
     "DoraParam",
     "Factored",
+    "HraParam",
     "Ia3Param",
     "Kernel",
     "LohaParam",
     "LokrParam",
     "LoraFaParam",
     "LoraParam",
+    "MissParam",
     "OftParam",
+    "RoadParam",
     "VeraParam",
     "frozen",
     "gained",

@@ -61,9 +61,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{
         name: {"variant": name} for name in ("dora", "vera", "adalora", "lora_fa", "loha", "lokr", "ia3", "oft", "boft")
     },
+    "miss": {"variant": "miss", "rank": 2},
+    "hra": {"variant": "hra", "rank": 2},
+    "road": {"variant": "road", "options": {"group_size": 2}},
 }
-WITHOUT_RANK = ("ia3", "oft", "boft")
-WITHOUT_SUMS = ("oft", "boft")
+WITHOUT_RANK = ("ia3", "oft", "boft", "miss", "hra", "road")  # or with the same for all
+WITHOUT_SUMS = ("oft", "boft", "road")
 
 
 def family(params: Any, name: str) -> list[Any]:

@@ -60,6 +60,11 @@ VARIANTS = {
     "boft, halves": (
         {"variant": "boft", "options": {"block_size": 2, "factors": 3, "butterfly": "halves", "gain": True}}, "BOFT"
     ),
+    "miss": ({"variant": "miss"}, "MISS"),
+    "miss, mini": ({"variant": "miss", "options": {"mini": 4}}, "MISS"),
+    "hra": ({"variant": "hra"}, "HRA"),
+    "road": ({"variant": "road"}, "ROAD"),
+    "road_4": ({"variant": "road", "options": {"kind": "road_4", "group_size": 4}}, "ROAD"),
 }  # fmt: skip
 
 
@@ -71,8 +76,9 @@ OTHER_ARRAYS = {"dora+olora", "lokr", "lokr, both", "boft"}
 def test_each_variant_is_written_as_what_it_is(name, tmp_path):
     """Its settings and its arrays come back, not its function alone."""
     settings, method = VARIANTS[name]
-    rank = {} if method in ("IA3", "OFT", "BOFT") else {"rank": 2}
-    state = {key: x for key, x in STATE.items() if not key.endswith("bias")} if name == "ia3" else STATE
+    rank = {} if method in ("IA3", "OFT", "BOFT", "ROAD") else {"rank": 2}
+    is_bare = name == "ia3" or method == "ROAD"
+    state = {key: x for key, x in STATE.items() if not is_bare or not key.endswith("bias")}
     tree = wrapped(["q_proj"], state, **rank | settings)
     assert saved(tmp_path, tree)["peft_type"] == method
     again = jlora.peft.load(tmp_path, nested(state))
@@ -113,6 +119,15 @@ def test_norms_alone_are_ln_tuning(tmp_path):
     biases = noisy(nested(STATE), jlora.LoraSpec(targets=(), bias="all"))
     with pytest.raises(ValueError, match="the bias alone trains"):
         jlora.peft.save(tmp_path / "biases", biases)
+
+
+def test_a_bias_that_peft_turns_too_is_refused_both_ways(tmp_path):
+    bare = {n: x for n, x in STATE.items() if not n.endswith("bias")}
+    with pytest.raises(ValueError, match=r"ROAD changes layers\.\d\.attn\.q_proj\.bias with its kernel"):
+        jlora.peft.save(tmp_path / "ours", wrapped(["q_proj"], variant="road"))
+    jlora.peft.save(tmp_path / "bare", wrapped(["q_proj"], bare, variant="road"))
+    with pytest.raises(ValueError, match=r"ROAD changes layers/./attn/q_proj/bias with its kernel"):
+        jlora.peft.load(tmp_path / "bare", nested(STATE))
 
 
 def test_what_no_method_of_pefts_is_is_refused(tmp_path):

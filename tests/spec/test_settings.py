@@ -295,6 +295,10 @@ METHODS = {
     ),
     "VERA": ({"vera_dropout": 0.1, "d_initial": 0.2}, {"variant": "vera", "rank": 256, "dropout": 0.1,
              "options": {"d_initial": 0.2, "projection_seed": 0}}),
+    "MISS": ({"r": 2, "miss_dropout": 0.1, "init_weights": "mini", "mini_r": 2},
+             {"variant": "miss", "rank": 2, "dropout": 0.1, "options": {"mini": 2}}),
+    "HRA": ({"r": 4}, {"variant": "hra", "rank": 4, "options": {"gram_schmidt": False}}),
+    "ROAD": ({"variant": "road_4", "group_size": 2}, {"options": {"kind": "road_4", "group_size": 2}}),
 }  # fmt: skip
 
 
@@ -308,7 +312,7 @@ def test_methods(method):
     assert {type(node) for node in nodes.values()} == {spec.node}
 
 
-@pytest.mark.parametrize("method, expected", [("ADALORA", 12), ("LOHA", 8), ("VERA", 256)])
+@pytest.mark.parametrize("method, expected", [("ADALORA", 12), ("LOHA", 8), ("VERA", 256), ("MISS", 64), ("HRA", 8)])
 def test_default_ranks_are_pefts(method, expected):
     assert LoraSpec.from_peft({"peft_type": method} | PEFT).rank == expected
 
@@ -380,6 +384,9 @@ REFUSED = {
     "ia3 subset": ({"peft_type": "IA3", "feedforward_modules": ["w0"]}, "target_modules must have them too"),
     "oft blocks": ({"peft_type": "OFT", "r": 4, "oft_block_size": 0}, "give oft_block_size"),
     "oft bound": ({"peft_type": "OFT", "coft": True}, "not bounded"),
+    "miss bat": ({"peft_type": "MISS", "init_weights": "bat"}, "its update has no factors"),
+    "hra flag": ({"peft_type": "HRA", "apply_GS": 1}, "apply_GS must be true or false"),
+    "road bias": ({"peft_type": "ROAD", "bias": "all"}, "knows no setting 'bias'"),
     "boft blocks": ({"peft_type": "BOFT", "boft_block_num": 4}, "give boft_block_size"),
 }  # fmt: skip
 

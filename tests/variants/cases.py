@@ -128,8 +128,8 @@ OWN = from_guide()
 # Variants, with an initialiser or another setting behind the plus.
 KINDS = (*VARIANTS, "own", *(f"lora+{init}" for init in INITS), "dora+pissa", "lora_fa+olora", "ia3+in", "lora+layers")
 
-# A rotation of the vocabulary would need every row for each token.
-UNSUPPORTED = {(kind, use) for kind in ("oft", "boft") for use in ("embedding", "tied", "ragged")}
+# A rotation of the vocabulary would need every row for each token; nothing turns what a lookup gives.
+UNSUPPORTED = {(kind, use) for kind in ("oft", "boft", "road") for use in ("embedding", "tied", "ragged")}
 # The kernel is computed, at the cost of a merged one, and the warning says so: none of these is unsupported.
 DENSE = {("ia3+in", "conv")}
 

@@ -86,6 +86,9 @@ KERNEL_FREE = {
     "ia3+in": {"variant": "ia3", "options": {"on": "in"}},
     "oft": {"variant": "oft"},
     "boft": {"variant": "boft"},
+    "miss": {"variant": "miss"},
+    "hra": {"variant": "hra"},
+    "road": {"variant": "road"},
 }
 SETTINGS = KERNEL_FREE | {
     "lora of rank 4": {"rank": 4},
@@ -154,7 +157,7 @@ def test_factors_from_the_kernel_cost_what_twice_their_rank_does(init):
     assert ratio(f"lora+{init}", "lora of rank 32") <= 1.02
 
 
-@pytest.mark.parametrize("variant", ["lora_fa", "vera", "adalora", "ia3"])
+@pytest.mark.parametrize("variant", ["lora_fa", "vera", "adalora", "ia3", "miss"])
 def test_others_cost_at_most_what_lora_does(variant):
     assert ratio(variant, "lora") <= 1.01
 
@@ -174,7 +177,8 @@ def scanned(params, x):
 
 
 @pytest.mark.parametrize(
-    "variant", ["lora", "dora", "lora_fa", "vera", "adalora", "loha", "lokr", "ia3", "oft", "boft"]
+    "variant",
+    ["lora", "dora", "lora_fa", "vera", "adalora", "loha", "lokr", "ia3", "oft", "boft", "miss", "hra", "road"],
 )
 def test_the_chosen_layers_alone_have_parameters(variant):
     params, x = {"kernel": f32(8, 64, 64)}, f32(16, 64)

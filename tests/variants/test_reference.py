@@ -6,6 +6,7 @@ apart and put together. Gradients are central differences of the reference.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,43 @@ def ia3_in(p, held, node):
     return np.diag(p["ia3_l"]) @ p["base"]
 
 
+def miss(p, held, node):
+    """Row i gets row i mod r of M, whose columns the outputs repeat."""
+    block = p.get("miss_block", p.get("miss_mini"))
+    rows, columns = (np.arange(n) % m for n, m in zip(p["base"].shape, block.shape, strict=True))
+    return p["base"] + block[np.ix_(rows, columns)]
+
+
+def hra(p, held, node):
+    """One reflection after the other."""
+    kernel = p["base"]
+    for u in p["hra_u"].T:
+        kernel = (np.eye(len(u)) - 2 * np.outer(u, u) / (u @ u)) @ kernel
+    return kernel
+
+
+def road(p, held, node):
+    """Each pair of outputs, half a group apart, by its own 2 x 2 matrix."""
+    n, size, turn = p["base"].shape[1], node.group_size, np.zeros([p["base"].shape[1]] * 2)
+    each = 2 * len(p["road_theta"]) // n
+    for group in range(0, n, size):
+        for i in range(size // 2):
+            pair = [group + i, group + i + size // 2]
+            turn[np.ix_(pair, pair)] = scaled_rotation(p["road_theta"], p["road_alpha"], group, i, size, each)
+    return p["base"] @ turn.T
+
+
+def scaled_rotation(theta, alpha, group, i, size, each):
+    """The entries of a pair: of one angle, of one for each row, or of one for each entry."""
+    at = {
+        1: np.full((2, 2), group // 2 + i),
+        2: group + i + np.array([[0, 0], [1, 1]]) * size // 2,
+        4: 2 * group + i + np.array([[0, 2], [3, 1]]) * size // 2,
+    }[each]
+    theta, alpha = theta[at], alpha[at]
+    return alpha * np.array([[np.cos(theta[0, 0]), -np.sin(theta[0, 1])], [np.sin(theta[1, 0]), np.cos(theta[1, 1])]])
+
+
 def oft(p, held, node):
     """R_0 R_1 ... W, with R_i = P^T diag(blocks) P where P brings elements that are size^i apart next to each other."""
     size, n, rotation = node.size, len(p["base"]), np.eye(len(p["base"]))
@@ -187,6 +225,7 @@ LOHA = {"loha_a1": "batch in .", "loha_b1": "batch . out", "loha_a2": "batch in 
 MAGNITUDE, NORM2, TURNS = {"magnitude": "batch out"}, {"norm2": "batch out"}, {"oft_q": "batch . . ."}
 VERA = {"vera_a": "in .", "vera_b": ". out"}
 LOKR = {"lokr_c": "batch . .", "lokr_a": "batch . .", "lokr_b": "batch . ."}
+ROAD = {"road_theta": "batch .", "road_alpha": "batch ."}
 FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
 
 
@@ -213,8 +252,14 @@ KINDS = {
     "ia3+in": kind(ia3_in, {"ia3_l": "batch in"}, variant="ia3", options={"on": "in"}, uses=TURNED),
     "oft": kind(oft, TURNS, variant="oft", options={"block_size": 4}, uses=TURNED),
     "boft": kind(oft, TURNS, variant="boft", options={"block_size": 2, "factors": 3}, uses=TURNED),
+    "miss": kind(miss, {"miss_block": "batch . out"}, variant="miss"),
+    "miss+mini": kind(miss, {"miss_mini": "batch . ."}, variant="miss", options={"mini": 3}, uses=FEW),
+    "hra": kind(hra, {"hra_u": "batch in ."}, variant="hra"),
+    "road": kind(road, ROAD, variant="road", uses=TURNED),
+    "road_2": kind(road, ROAD, variant="road", options={"kind": "road_2", "group_size": 2}, uses=FEW),
+    "road_4": kind(road, ROAD, variant="road", options={"kind": "road_4", "group_size": 4}, uses=FEW),
 }
-assert {name.partition("+")[0] for name in KINDS} == {*VARIANTS}, "each variant has a reference"
+assert {re.split(r"\+|_\d", name)[0] for name in KINDS} == {*VARIANTS}, "each variant has a reference"
 CORE = ("dense", "heads", "stacked", "conv", "embedding")
 PARTS = ("lora", "dora", "loha", "ia3", "oft", "lora+pissa")
 
@@ -224,7 +269,7 @@ def uses_of(name, i):
 
     A gain, which is 1 in layers that are not adapted, has some of the layers too.
     """
-    gained = ("some_layers",) if name in ("dora", "ia3") else ()
+    gained = ("some_layers",) if name in ("dora", "ia3", "road") else ()
     core = tuple(use for use in KINDS[name].uses if use in CORE + gained)
     return core if name in PARTS else core[i % 2 :: 2]
 
@@ -415,6 +460,23 @@ def trained(params, use, tx):
     run = jax.jit(lambda params: lax.scan(step, (params, tx.init(params)), length=3))
     (params, _), seen = run(params)
     return params, seen
+
+
+def test_orthogonal_reflections_are_one_projection():
+    """W - 2 Q Q^T W, whatever the order of the vectors."""
+    base, u = noise(IN, OUT), noise(IN, 3)
+    node = jlora.variants.HraParam(base, u, axes=jlora.Axes(0, 1), gram_schmidt=True)
+    q = np.linalg.qr(np.asarray(u, np.float64))[0]
+    expected = np.asarray(base, np.float64) - 2 * q @ q.T @ np.asarray(base, np.float64)
+    assert close(jlora.merge({"w": node})["w"], expected, 1e-6)
+    assert same_bits(jlora.merge({"w": node.identity()})["w"], base)
+
+
+def test_a_start_that_is_not_the_kernel_is_refused():
+    refused = {"rank": {"rank": 3}, "gram_schmidt": {"rank": 2, "options": {"gram_schmidt": True}}}
+    for named, settings in refused.items():
+        with pytest.raises(ValueError, match=named):
+            jlora.wrap({"kernel": noise(IN, OUT)}, jlora.LoraSpec(variant="hra", **settings))
 
 
 # What the factors start as.
