@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -52,6 +53,21 @@ def split_axes(whole: Any, of: Any, what: str) -> tuple[str, ...]:
 def summed(x: Any, axes: tuple[str, ...]) -> Any:
     """The sum of a value over the shards."""
     return lax.psum(x, axes) if axes else x
+
+
+def spread(x: Any, like: Any, but: Any) -> Any:
+    """An array that all shards have, as one that differs along the mesh axes along which `like` does and `but` not."""
+    axes = varying(like) - varying(but)
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def check_whole(name: str, what: str, x: Any) -> None:
+    """Refuses an array beside a kernel that is split over the mesh, where all of it is needed."""
+    if split_axes(jnp.zeros(()), x, what):
+        raise ValueError(
+            f"apply: {what} of {name} need all of an array that is split over the mesh here. Inside jax.shard_map a "
+            "device sees its shard alone: put jlora.apply around the shard_map, or split this kernel along other axes"
+        )
 
 
 def check_size(name: str, what: str, expected: int, found: int) -> None:

@@ -24,6 +24,7 @@ _UNSAID = {
     "ADALORA": f"{SCHEDULE} r rank_pattern",
     "OFT": "r",
     "LOKR": "decompose_both",
+    "DELORA": "delora_lambda lambda_pattern",
 }
 _STARTS = "init_weights init_lora_weights init_ia3_weights init_logits_std init_vector_bank_bound task_type"
 

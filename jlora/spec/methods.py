@@ -6,7 +6,7 @@ Names and defaults are those of PEFT 0.21, https://huggingface.co/docs/peft/pack
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jlora.spec import modules
@@ -19,6 +19,7 @@ _AFTER = "wrap with init_lora_weights=true, then call jlora.init.{} with the wra
 LOFTQ = "wrap jlora.quant.quantize(params) without it, then call jlora.quant.loftq with the wrapped tree and params"
 _OTHER = "{} is another method, which is not implemented; leave it out"
 _DROPOUT = "there is no such dropout; set it to 0"
+_START = "what starts here stands for the kernel itself; give true"
 _RANDOM = "only the initialisation that PEFT takes by default is implemented; leave it out"
 REFUSED = {
     "layer_replication": "a tree has the layers it has; repeat them in the tree before wrap",
@@ -37,6 +38,7 @@ REFUSED = {
     "rank_dropout": _DROPOUT,
     "module_dropout": _DROPOUT,
     "boft_dropout": _DROPOUT,
+    "hira_dropout": "the kernel is computed, so that there is no path to drop; set it to 0",
     "use_effective_conv2d": "a convolution's window is one of its in axes here; leave it out",
     "decompose_both": "the small factor stays whole; leave it out",
     "coft": "the rotation is not bounded; leave it out",
@@ -165,17 +167,33 @@ def _of_form(variant: str, init: str = "init_weights") -> Callable[[Settings], d
     form: Any = VARIANTS[variant].FORM
 
     def convert(settings: Settings) -> dict[str, Any]:
-        if variant != "miss":
-            _default_init(settings, init)
+        if variant != "miss" and settings.get(init, True) is not True:
+            settings.refuse(init, _START)
         made: dict[str, Any] = {"variant": variant, "options": {}}
         for name, (what, default) in form.settings.items():
             value = _typed(settings, name, default)
             made |= {} if what.startswith("options.") else {what: value}
             made["options"] |= {what.removeprefix("options."): value} if what.startswith("options.") else {}
         bias = {"bias": _bias(settings)} if form.bias else {}
-        return made | bias | ({"overrides": _overrides(settings)} if form.patterns else {})
+        return made | bias | _patterned(settings, form, made["options"])
 
     return convert
+
+
+def _patterned(settings: Settings, form: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that patterns of modules' names have for themselves."""
+    made: dict[str, Any] = {}
+    for name, pattern in form.patterns.items():
+        what, option = form.settings[name][0], form.settings[name][0].removeprefix("options.")
+        of = lambda x, what=what, option=option: {what: x} if what == option else {"options": {**options, option: x}}
+        found = modules.overrides(settings.keyed(pattern), {})
+        made |= {key: of(value["rank"]) for key, value in found.items()}
+    return {"overrides": made} if made else {}
+
+
+def _gralora(settings: Settings) -> dict[str, Any]:
+    made = _of_form("gralora")(settings)
+    return made | {"scaling": made.pop("alpha") / (made["rank"] + made["options"]["hybrid"])}
 
 
 def _typed(settings: Settings, name: str, default: Any) -> Any:
@@ -241,4 +259,8 @@ METHODS = {
     "MISS": Method(_miss, f"r miss_dropout mini_r {COMMON}"),
     "HRA": Method(_of_form("hra"), f"r apply_GS {COMMON}"),
     "ROAD": Method(_of_form("road"), "variant group_size init_weights"),
+    "C3A": Method(_of_form("c3a"), f"block_size block_size_pattern {COMMON}"),
+    "GRALORA": Method(_gralora, f"r hybrid_r alpha gralora_dropout gralora_k {COMMON}"),
+    "HIRA": Method(_of_form("hira"), f"r rank_pattern init_weights exclude_modules {LAYERS}"),
+    "DELORA": Method(_of_form("delora"), f"r delora_lambda rank_pattern {COMMON}"),
 }

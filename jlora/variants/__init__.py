@@ -12,7 +12,11 @@ from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 from jlora.variants.adalora import AdaLoraParam, orthogonality
+from jlora.variants.c3a import C3aParam
+from jlora.variants.delora import DeloraParam
 from jlora.variants.dora import DoraParam
+from jlora.variants.gralora import GraloraParam
+from jlora.variants.hira import HiraParam
 from jlora.variants.hra import HraParam
 from jlora.variants.ia3 import Ia3Param
 from jlora.variants.loha import LohaParam
@@ -39,6 +43,10 @@ VARIANTS: dict[str, type[AdaptedParam]] = {
     "miss": MissParam,
     "hra": HraParam,
     "road": RoadParam,
+    "c3a": C3aParam,
+    "gralora": GraloraParam,
+    "hira": HiraParam,
+    "delora": DeloraParam,
 }
 
 __all__ = [
@@ -47,6 +55,10 @@ __all__ = [
     "AdaptedParam",
     "Axes",
     "BoftParam",
+    "C3aParam",
+    "GraloraParam",
+    "HiraParam",
+    "DeloraParam",
     "DoraParam",
     "Factored",
     "HraParam",

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.manual import check_whole
 from jlora.interpret.products import contract, wide
 from jlora.interpret.quantised import made_beside
 from jlora.nodes.axes import Axes
@@ -89,6 +90,7 @@ class HraParam(AdaptedParam):
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
         del key
+        check_whole(name, "HRA's reflections", self.hra_u)
         axes, sums, rank = self.axes, wide(self.hra_u.dtype), self.hra_u.shape[-1]
         batch, ins, outs = axes.batch_axis, axes.in_axis, axes.out_axis
         u = _unit(self.hra_u.astype(sums), tuple(range(len(batch), len(batch) + len(ins))))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.interpret.factored import Factored, low_rank
-from jlora.interpret.manual import check_size
+from jlora.interpret.manual import check_size, check_whole, spread
+from jlora.interpret.quantised import codes_of
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, sizes_of, static, trained
 from jlora.nodes.form import Form
@@ -113,6 +114,9 @@ class MissParam(AdaptedParam):
         if self.mini is not None:
             check_size(name, "MiSS's block", int(np.prod(outs)) // self.mini * self.mini, int(np.prod(outs)))
             block = jnp.tile(block, int(np.prod(outs)) // self.mini).reshape(*block.shape[: n + 1], *outs)
+        if np.prod(ins) % rank:  # then the rows of a shard do not tell which of M's they have
+            check_whole(name, "MiSS's rows", codes_of(self.base))
         shared = jnp.asarray(np.eye(rank)[np.arange(np.prod(ins)) % rank].reshape(*ins, rank), block.dtype)
+        shared = spread(shared, codes_of(self.base), block)
         factors = self.laid(shared, "in rank"), self.laid(block, "batch rank out")
         return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)

@@ -15,7 +15,7 @@ from jlora.interpret.factored import Factored, plain, turned_by
 from jlora.interpret.manual import check_size
 from jlora.interpret.products import wide
 from jlora.nodes.axes import Axes
-from jlora.nodes.fields import frozen, sizes_of, static, trained
+from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
@@ -30,7 +30,7 @@ class _Form(Form):
         angles = fields["road_theta"].shape
         if fields["road_alpha"].shape != angles:
             raise ValueError(f"peft.load: RoAd has {angles} angles, and {fields['road_alpha'].shape} scales")
-        return {**fields, "group_size": spec.options["group_size"]}
+        return {**fields, "group_size": spec.options["group_size"], "kind": spec.options["kind"]}
 
     def node(self, cls: Any, fields: Mapping[str, Any], kernel: Any) -> Any:
         _check(kernel, fields["group_size"])
@@ -61,7 +61,7 @@ class RoadParam(AdaptedParam):
       base, axes, layers: as in `jlora.LoraParam`.
       road_theta: the angles, of shape (batch..., out / 2 times 1, 2 or 4), trained; zero at the start.
       road_alpha: the scales, of the same shape, trained; one at the start.
-      group_size: of a group.
+      group_size, kind: the options.
 
     Example:
       >>> import jax.numpy as jnp, jlora
@@ -89,6 +89,7 @@ class RoadParam(AdaptedParam):
     road_alpha: Any = trained("batch angles")
     axes: Axes = static()
     group_size: int = static()
+    kind: str = static(default="road_1")
     layers: tuple[int, ...] | None = static(default=None)
 
     @classmethod
@@ -100,13 +101,7 @@ class RoadParam(AdaptedParam):
         size: Any = max((n for n in range(2, 65, 2) if last % n == 0), default=None) if given is None else given
         _check(kernel, size)
         ones = jnp.ones(kernel.sizes("batch angles", angles=kernel.size("out") // 2 * _KINDS[kind]), kernel.dtype)
-        return cls(base, jnp.zeros_like(ones), ones, group_size=size, **kernel.place)
-
-    @property
-    def kind(self) -> str:
-        """The option ``kind``, by the number of angles."""
-        count = 2 * self.road_theta.shape[-1] // math.prod(sizes_of(self, "out"))
-        return next(name for name, n in _KINDS.items() if n == count)
+        return cls(base, jnp.zeros_like(ones), ones, group_size=size, kind=kind, **kernel.place)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -121,8 +116,7 @@ class RoadParam(AdaptedParam):
         batch, outs, half = self.axes.batch_axis, self.axes.out_axis, self.group_size // 2
         sizes = [self.shape[axis] for axis in (*batch, *outs)]
         count = math.prod(sizes[len(batch) :])
-        angles = self.road_theta.shape[-1]
-        check_size(name, "RoAd", angles, count // 2 * max(2 * angles // count, 1))
+        check_size(name, "RoAd", self.road_theta.shape[-1], count // 2 * _KINDS[self.kind])
         theta, alpha = (
             _entries(self.everywhere(x, fill).astype(wide(x.dtype)), count, half)
             for x, fill in ((self.road_theta, 0), (self.road_alpha, 1))

@@ -63,10 +63,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "miss": {"variant": "miss", "rank": 2},
     "hra": {"variant": "hra", "rank": 2},
+    "c3a": {"variant": "c3a"},
+    "gralora": {"variant": "gralora", "rank": 2},
+    "hira": {"variant": "hira", "rank": 2},
+    "delora": {"variant": "delora", "rank": 2},
     "road": {"variant": "road", "options": {"group_size": 2}},
 }
-WITHOUT_RANK = ("ia3", "oft", "boft", "miss", "hra", "road")  # or with the same for all
-WITHOUT_SUMS = ("oft", "boft", "road")
+WITHOUT_RANK = (
+    "ia3",
+    "oft",
+    "boft",
+    "miss",
+    "hra",
+    "road",
+    "c3a",
+    "gralora",
+    "hira",
+    "delora",
+)  # or with the same for all
+WITHOUT_SUMS = ("oft", "boft", "road", "c3a", "hira")
 
 
 def family(params: Any, name: str) -> list[Any]:

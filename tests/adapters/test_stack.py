@@ -51,7 +51,7 @@ def test_mix_is_the_sum_of_the_updates(name):
     stacked = adapters.stack(trees)
     weights = jnp.asarray([0.5, -1.5, 2.0, 7.0])
     if name in WITHOUT_SUMS:
-        with pytest.raises(ValueError, match=r"mix: .*kernel has adapters of (B?[oO]ft|Road)Param, .*; select takes one"):
+        with pytest.raises(ValueError, match=r"mix: .*kernel has adapters of \w+Param, .*; select takes one"):
             adapters.mix(stacked, weights)
         return
     found = jlora.merge(jax.jit(adapters.mix)(stacked, weights))

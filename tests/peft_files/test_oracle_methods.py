@@ -41,6 +41,11 @@ METHODS = {
     "road_1": ("RoadConfig", {"group_size": 8}),
     "road_2": ("RoadConfig", {"group_size": 4, "variant": "road_2"}),
     "road_4": ("RoadConfig", {"group_size": 8, "variant": "road_4"}),
+    "c3a": ("C3AConfig", {"block_size": 4, "block_size_pattern": {"down_proj": 8}}),
+    "gralora": ("GraloraConfig", {"r": 4, "alpha": 6}),
+    "gralora, hybrid": ("GraloraConfig", {"r": 8, "gralora_k": 4, "hybrid_r": 3}),
+    "hira": ("HiraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}}),
+    "delora": ("DeloraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}, "lambda_pattern": {"k_proj": 5}}),
 }
 
 

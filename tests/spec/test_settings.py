@@ -298,6 +298,11 @@ METHODS = {
     "MISS": ({"r": 2, "miss_dropout": 0.1, "init_weights": "mini", "mini_r": 2},
              {"variant": "miss", "rank": 2, "dropout": 0.1, "options": {"mini": 2}}),
     "HRA": ({"r": 4}, {"variant": "hra", "rank": 4, "options": {"gram_schmidt": False}}),
+    "C3A": ({"block_size": 2, "init_weights": True, "bias": "none"}, {"options": {"block_size": 2}}),
+    "GRALORA": ({"r": 2, "hybrid_r": 2, "alpha": 6},
+                {"rank": 2, "scaling": 1.5, "options": {"k": 2, "hybrid": 2}}),
+    "HIRA": ({"r": 2, "rank_pattern": {"q": 3}}, {"variant": "hira", "rank": 2}),
+    "DELORA": ({"r": 2, "delora_lambda": 3}, {"rank": 2, "options": {"strength": 3}}),
     "ROAD": ({"variant": "road_4", "group_size": 2}, {"options": {"kind": "road_4", "group_size": 2}}),
 }  # fmt: skip
 
@@ -312,7 +317,10 @@ def test_methods(method):
     assert {type(node) for node in nodes.values()} == {spec.node}
 
 
-@pytest.mark.parametrize("method, expected", [("ADALORA", 12), ("LOHA", 8), ("VERA", 256), ("MISS", 64), ("HRA", 8)])
+@pytest.mark.parametrize(
+    "method, expected",
+    [("ADALORA", 12), ("LOHA", 8), ("VERA", 256), ("MISS", 64), ("HRA", 8), ("GRALORA", 32), ("HIRA", 32)],
+)
 def test_default_ranks_are_pefts(method, expected):
     assert LoraSpec.from_peft({"peft_type": method} | PEFT).rank == expected
 
@@ -386,6 +394,8 @@ REFUSED = {
     "oft bound": ({"peft_type": "OFT", "coft": True}, "not bounded"),
     "miss bat": ({"peft_type": "MISS", "init_weights": "bat"}, "its update has no factors"),
     "hra flag": ({"peft_type": "HRA", "apply_GS": 1}, "apply_GS must be true or false"),
+    "c3a start": ({"peft_type": "C3A", "init_weights": "xavier_uniform"}, "stands for the kernel itself; give true"),
+    "hira dropout": ({"peft_type": "HIRA", "hira_dropout": 0.1}, "no path to drop"),
     "road bias": ({"peft_type": "ROAD", "bias": "all"}, "knows no setting 'bias'"),
     "boft blocks": ({"peft_type": "BOFT", "boft_block_num": 4}, "give boft_block_size"),
 }  # fmt: skip

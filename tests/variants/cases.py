@@ -107,6 +107,7 @@ OPTIONS = {
     "lokr": {"factor": 2},
     "oft": {"block_size": 4},
     "boft": {"block_size": 2, "factors": 2},
+    "road": {"group_size": 2},
 }
 INITS = ("orthogonal", "pissa", "pissa_niter_8", "olora", "milora")
 
@@ -130,6 +131,8 @@ KINDS = (*VARIANTS, "own", *(f"lora+{init}" for init in INITS), "dora+pissa", "l
 
 # A rotation of the vocabulary would need every row for each token; nothing turns what a lookup gives.
 UNSUPPORTED = {(kind, use) for kind in ("oft", "boft", "road") for use in ("embedding", "tied", "ragged")}
+UNSUPPORTED |= {("hira", use) for use in ("embedding", "tied")}  # the whole table would be computed for each lookup
+UNSUPPORTED |= {(kind, use) for kind in ("c3a",) for use in ("embedding", "tied", "ragged", "conv")}
 # The kernel is computed, at the cost of a merged one, and the warning says so: none of these is unsupported.
 DENSE = {("ia3+in", "conv")}
 

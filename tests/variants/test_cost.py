@@ -89,6 +89,8 @@ KERNEL_FREE = {
     "miss": {"variant": "miss"},
     "hra": {"variant": "hra"},
     "road": {"variant": "road"},
+    "gralora": {"variant": "gralora"},
+    "delora": {"variant": "delora"},
 }
 SETTINGS = KERNEL_FREE | {
     "lora of rank 4": {"rank": 4},
@@ -96,6 +98,8 @@ SETTINGS = KERNEL_FREE | {
     "loha of rank 2": {"variant": "loha", "rank": 2},
     "lora+olora": {"init": "olora"},
     "lora+milora": {"init": "milora"},
+    "c3a": {"variant": "c3a"},
+    "hira": {"variant": "hira"},
 }
 
 
@@ -162,6 +166,17 @@ def test_others_cost_at_most_what_lora_does(variant):
     assert ratio(variant, "lora") <= 1.01
 
 
+@pytest.mark.parametrize("variant", ["c3a", "hira"])
+def test_what_has_no_factors_costs_what_training_the_kernels_does(variant):
+    """Three products with each kernel, but for the first one's inputs, which need no gradient."""
+    product = 2 * TOKENS * WIDTH**2
+    assert (3 * DEPTH - 1) * product <= flops(step_of(variant)) <= 1.05 * (3 * DEPTH - 1) * product
+
+
+def test_gralora_costs_what_lora_of_twice_its_rank_does():
+    assert ratio("gralora", "lora of rank 32") <= 1.02
+
+
 def test_a_rotation_costs_a_product_with_its_blocks():
     """Of 32 rows each, thrice, for the gradients; and the first layer's gradient by its input, which others skip."""
     kernel, blocks = (2 * TOKENS * WIDTH * n for n in (WIDTH, 32))
@@ -178,7 +193,25 @@ def scanned(params, x):
 
 @pytest.mark.parametrize(
     "variant",
-    ["lora", "dora", "lora_fa", "vera", "adalora", "loha", "lokr", "ia3", "oft", "boft", "miss", "hra", "road"],
+    [
+        "lora",
+        "dora",
+        "lora_fa",
+        "vera",
+        "adalora",
+        "loha",
+        "lokr",
+        "ia3",
+        "oft",
+        "boft",
+        "miss",
+        "hra",
+        "road",
+        "c3a",
+        "gralora",
+        "hira",
+        "delora",
+    ],
 )
 def test_the_chosen_layers_alone_have_parameters(variant):
     params, x = {"kernel": f32(8, 64, 64)}, f32(16, 64)

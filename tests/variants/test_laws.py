@@ -24,7 +24,7 @@ USES["ia3+in"] = tuple(CASES)
 PAIRS = {(kind, use) for kind in KINDS for use in USES[kind]} - UNSUPPORTED
 # B is zero, or another factor is: nothing is added. The others start from W up to rounding.
 EXACT = {"lora", "lora_fa", "vera", "adalora", "loha", "lokr", "own", "ia3", "ia3+in", "lora+layers"}
-EXACT |= {"miss", "road"}
+EXACT |= {"miss", "road", "c3a", "gralora", "hira", "delora"}
 EXACT |= {"lora+pissa", "lora+pissa_niter_8", "lora+olora", "lora+milora", "lora_fa+olora"}
 EXACT_USES = [("lora", use) for use in ("conv", "embedding", "expert", "multi_axis", "ragged", "tied")]
 
@@ -44,6 +44,10 @@ OTHERS = [
     ("miss", "multi_axis"),
     ("hra", "stacked"),
     ("road", "multi_axis"),
+    ("c3a", "multi_axis"),
+    ("gralora", "multi_axis"),
+    ("hira", "stacked"),
+    ("delora", "out_in"),
     ("ia3+in", "tied"),
     ("ia3+in", "conv"),
     ("lora+layers", "stacked"),
@@ -214,6 +218,6 @@ def test_values(kind):
 @pytest.mark.parametrize("kind, use", sorted(UNSUPPORTED))
 def test_what_a_variant_does_not_have_is_an_error(kind, use):
     with pytest.raises(
-        ValueError, match=r"variant '\w+' adapts no (embedding|ragged_dot), but (table|w) of shape .*overrides"
+        ValueError, match=r"variant '\w+' adapts no (embedding|ragged_dot|conv), but (table|w) of shape .*overrides"
     ):
         wrapped(kind, CASES[use])

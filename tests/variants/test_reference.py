@@ -162,6 +162,33 @@ def scaled_rotation(theta, alpha, group, i, size, each):
     return alpha * np.array([[np.cos(theta[0, 0]), -np.sin(theta[0, 1])], [np.sin(theta[1, 0]), np.cos(theta[1, 1])]])
 
 
+def c3a(p, held, node):
+    """Entry (i, o) is that of c at i - o, around its block."""
+    size, delta = p["c3a_kernel"].shape[-1], np.zeros_like(p["base"])
+    for i, o in np.ndindex(*delta.shape):
+        delta[i, o] = p["c3a_kernel"][o // size, i // size, (i - o) % size] / len(delta)
+    return p["base"] + delta
+
+
+def gralora(p, held, node):
+    """Block by block."""
+    a, b, delta = p["gralora_a"], p["gralora_b"], np.zeros_like(p["base"])
+    (k, n, _, _), m = a.shape, b.shape[-1]
+    for i, j in np.ndindex(k, k):
+        delta[i * n : (i + 1) * n, j * m : (j + 1) * m] = a[i, :, j] @ b[j, i]
+    return p["base"] + SCALE * (delta + (p["hybrid_a"] @ p["hybrid_b"] if "hybrid_a" in p else 0))
+
+
+def hira(p, held, node):
+    return p["base"] * (1 + p["hira_a"] @ p["hira_b"])
+
+
+def delora(p, held, node):
+    a, b = p["delora_a"], p["delora_b"]
+    a, b = a / np.linalg.norm(a, axis=0), b / np.linalg.norm(b, axis=1)[:, None]
+    return p["base"] + np.linalg.norm(p["base"], axis=1)[:, None] * p["delora_lambda"] / len(b) * (a @ b)
+
+
 def oft(p, held, node):
     """R_0 R_1 ... W, with R_i = P^T diag(blocks) P where P brings elements that are size^i apart next to each other."""
     size, n, rotation = node.size, len(p["base"]), np.eye(len(p["base"]))
@@ -226,7 +253,13 @@ MAGNITUDE, NORM2, TURNS = {"magnitude": "batch out"}, {"norm2": "batch out"}, {"
 VERA = {"vera_a": "in .", "vera_b": ". out"}
 LOKR = {"lokr_c": "batch . .", "lokr_a": "batch . .", "lokr_b": "batch . ."}
 ROAD = {"road_theta": "batch .", "road_alpha": "batch ."}
+GRALORA = {"gralora_a": "batch . . . .", "gralora_b": "batch . . . ."}
+HYBRID = {"hybrid_a": "batch in .", "hybrid_b": "batch . out"}
+HIRA = {"hira_a": "batch in .", "hira_b": "batch . out"}
+DELORA = {"delora_a": "batch in .", "delora_b": "batch . out", "delora_lambda": "batch ."}
 FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
+
+PRODUCTS = [name for name in TURNED if name != "conv"]
 
 
 def kind(reference, trained, frozen=(), uses=tuple(USES), std=0.3, **settings):
@@ -258,6 +291,11 @@ KINDS = {
     "road": kind(road, ROAD, variant="road", uses=TURNED),
     "road_2": kind(road, ROAD, variant="road", options={"kind": "road_2", "group_size": 2}, uses=FEW),
     "road_4": kind(road, ROAD, variant="road", options={"kind": "road_4", "group_size": 4}, uses=FEW),
+    "c3a": kind(c3a, {"c3a_kernel": "batch . . ."}, variant="c3a", uses=PRODUCTS, std=1.0),
+    "gralora": kind(gralora, GRALORA, variant="gralora"),
+    "gralora+hybrid": kind(gralora, GRALORA | HYBRID, variant="gralora", options={"hybrid": 3, "k": 1}, uses=FEW),
+    "hira": kind(hira, HIRA, variant="hira", uses=TURNED),
+    "delora": kind(delora, DELORA, {"norms": "batch in"}, variant="delora"),
 }
 assert {re.split(r"\+|_\d", name)[0] for name in KINDS} == {*VARIANTS}, "each variant has a reference"
 CORE = ("dense", "heads", "stacked", "conv", "embedding")

@@ -130,8 +130,9 @@ def on_mesh(mode, mesh, model, specs):
     return run
 
 
+WHOLE = ("hra", "road", "c3a", "gralora")
 # A rotation, or a Kronecker product, is of the whole kernel.
-REFUSED = {(kind, "manual, apply inside") for kind in ("oft", "boft", "lokr")}
+REFUSED = {(kind, "manual, apply inside") for kind in ("oft", "boft", "lokr", *WHOLE)}
 
 
 WAYS = ("auto", "explicit", "manual, apply inside", "manual, apply outside")
@@ -144,6 +145,8 @@ def applied_cases():
         for j, way in enumerate(WAYS):
             yield kind, "layers" if kind == "lora+layers" else ("mlp", "heads")[(i + j) % 2], way, (i + j // 2) % 2 == 0
     left = [(kind, "mlp") for kind in (*VARIANTS, "own", "ia3+in", "dora+pissa") if kind not in first]
+    for kind in WHOLE:
+        yield pytest.param(kind, "mlp", "explicit", True, marks=pytest.mark.slow)
     for i, (kind, name) in enumerate([*left, ("dora", "layers"), ("oft", "layers")]):
         way = WAYS[2] if (kind, WAYS[2]) in REFUSED else WAYS[i % 4]
         yield pytest.param(kind, name, way, name == "mlp", marks=pytest.mark.slow)
@@ -203,6 +206,18 @@ def test_shards_that_cut_a_block(kind):
     with pytest.warns(jlora.DenseFallbackWarning, match="the shards cut the blocks"):
         found, here = jax.jit(lambda *args: (on_shards(*args), jlora.apply(case.fn)(*args)))(tree, *case.args)
     assert error(found, here) <= 2e-5
+
+
+def test_shards_that_cut_the_groups_of_outputs():
+    """On explicit axes they are brought together for it."""
+    case = Case(lambda p, x: x @ p["w"], {"w": noise(8, 16)}, (noise(4, 8),))
+    tree = moved(jlora.wrap(case.params, spec_of("road", case, options={"group_size": 16}), sites=case.sites))
+    mesh, specs, run = mesh_of("explicit"), {"w": P("fsdp", "tensor")}, steps(jlora.apply(case.fn, fallback="error"))
+    expected = run(tree, *case.args)
+    with jax.set_mesh(mesh):
+        there = jax.device_put(tree, jlora.sharding.shardings(tree, mesh, specs))
+        x = jax.device_put(*case.args, NamedSharding(mesh, P(None, None)))
+        assert error(run(there, x), expected) <= 1e-4
 
 
 BLOCKS = {"oft": {"block_size": 4}, "boft": {"block_size": 2, "factors": 2}}
