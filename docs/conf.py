@@ -149,8 +149,26 @@ class Links(SphinxTransform):
             link += literal
 
 
+class Addresses(SphinxTransform):
+    """Gives each entry of a list of definitions an address, to link to one word or one message."""
+
+    default_priority = 480
+
+    def apply(self):
+        if self.env.docname.startswith("reference/"):
+            return
+        for term in list(self.document.findall(nodes.term)):
+            name = nodes.make_id(term.astext())
+            if not name or name in self.document.ids:
+                continue
+            term["ids"].append(name)
+            self.document.ids[name] = term
+            term += nodes.reference("", "¶", refid=name, classes=["headerlink"], internal=True)
+
+
 def setup(app):
     app.add_transform(Links)
+    app.add_transform(Addresses)
     app.connect("autodoc-process-docstring", plain_to_rst, priority=400)  # before napoleon
     app.add_directive("jlora-help", Help)
 
