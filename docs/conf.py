@@ -125,11 +125,20 @@ def apart(found):
     return f"{found[0][:-1]}\\ {found[1]}" if found[1] else found[0]
 
 
+def starred(text):
+    """Escapes the stars of *args and of shapes such as (*axes, r), which would begin an emphasis."""
+    return re.sub(r"(?<![\w*\\])\*{1,2}(?=[a-z_]+\b(?!\*))", lambda m: "\\*" * len(m[0]), text)
+
+
 def plain_to_rst(app, what, name, obj, options, lines):
     """What docstrings may say, and reStructuredText has other signs for: `name`s, *args, shapes of (*axes, r)."""
+    is_example = False
     for i, line in enumerate(lines):
-        line = re.sub(r"``[^`]*``|`[^`]+`(\w?)", apart, line)
-        lines[i] = re.sub(r"(?<![\w*\\])\*{1,2}(?=[a-z_]+\b(?!\*))", lambda m: "\\*" * len(m[0]), line)
+        is_example = bool(line.strip()) and (is_example or line.lstrip().startswith(">>>"))
+        if not is_example:
+            line = re.sub(r"``[^`]*``|`[^`]+`(\w?)", apart, line)
+            parts = re.split(r"(``[^`]*``)", line)
+            lines[i] = "".join(part if part.startswith("``") else starred(part) for part in parts)
 
 
 class Links(SphinxTransform):

@@ -48,7 +48,7 @@ class DenseFallbackWarning(UserWarning):
     with a merged kernel, and it has no dropout. The message says which kernel it is, where it is used, and why.
     `jlora.explain` shows every use.
 
-    To mend it, write the use as a product, a convolution or a lookup; or leave the kernel out by
+    To fix it, write the use as a product, a convolution or a lookup; or leave the kernel out by
     ``LoraSpec(exclude=...)``; or take the cost with ``fallback="ignore"``.
 
     Example:
@@ -65,7 +65,7 @@ class DenseFallbackWarning(UserWarning):
 class DenseFallbackError(ValueError):
     """A use of an adapted kernel had no factored rule, and a dense computation was forbidden by ``fallback="error"``.
 
-    Functions of `jlora.apply` raise it when they are called. The message and the ways to mend it are those of
+    Functions of `jlora.apply` raise it when they are called. The message and the ways to fix it are those of
     `DenseFallbackWarning`.
 
     Example:
@@ -98,20 +98,22 @@ def apply(
       fn: any function. An argument that contains a wrapped node, or a quantised leaf, is a parameter tree;
         others are passed on as they are.
       *args: none. The arguments of `fn` go to the function that is returned.
-      rng: a PRNG key that switches the adapters' dropout on. Without it a tree that has dropout is told of once, in the
-        log ``jlora``.
+      rng: a PRNG key that switches the adapters' dropout on. Without it, a tree that has dropout is reported once, in
+        the log ``jlora``.
       fallback: what a dense computation does: ``"warn"``, ``"error"`` or ``"ignore"``.
       freeze: whether bases and plain leaves of parameter trees pass `jax.lax.stop_gradient`.
       train: patterns of plain leaves of parameter trees that do not: see `jlora.value_and_grad`.
-      native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it), of
-        tiles of 128 or more, are computed in 8 bits: their inputs are rounded to as many, row by row; gradients are
-        those of the exact product. Elsewhere it changes nothing.
-      strategy: how products with adapted kernels are computed. ``"factored"``: ``x @ W + s (x @ A) @ B``. ``"merged"``:
-        ``x @ M`` with ``M = W + s A B`` made once a call, in the type of W, and gradients of A and B through the rank,
-        without a dense one: for calls that use each kernel many times, as in a loop of decoding, and where tokens are
-        many and W is float32. M is a second copy of the adapted kernels, kept where gradients are taken; a W of 16 bits
-        rounds M, which loses an adapter that is small beside it. ``"auto"``: the one that costs less without either
-        loss, which is ``"factored"`` on all hardware measured so far. With dropout on all are factored.
+      native_dots: whether products with kernels in int8 (on TPUs and NVIDIA's GPUs) or fp8 (on GPUs that have it) are
+        computed in 8 bits. The tiles must have 128 elements or more. The inputs are rounded to 8 bits too, row by row.
+        Gradients are those of the exact product. Elsewhere it changes nothing.
+      strategy: how products with adapted kernels are computed. With dropout on all are factored.
+        ``"factored"``: ``x @ W + s (x @ A) @ B``.
+        ``"merged"``: ``x @ M``. ``M = W + s A B`` is made once per call, in the type of W. Use it if a call uses each
+        kernel many times, such as decoding in a loop, or if W is float32 and there are many tokens. No gradient of the
+        size of W is computed. M is a second copy of the adapted kernels, which is kept for gradients. If W has 16 bits,
+        M is rounded to them, and a small update can be lost.
+        ``"auto"``: the one that costs less without a second copy or rounding. This is ``"factored"`` on all hardware
+        that was measured.
 
     Returns:
       A function with the arguments and results of `fn`, to use under `jax.jit`, `jax.grad`, `jax.vmap`.

@@ -30,14 +30,14 @@ def merge(tree: Any, *, dtype: Any = None, everything: bool = False, donate: boo
 
     Args:
       tree: a wrapped tree.
-      dtype: of the merged kernels, and of quantised leaves, which become dense; None keeps each base's, and leaves
-        what is quantised and not adapted as it is.
-      everything: whether plain floating leaves, and those trained in full, are cast to `dtype` too, so that the model
-        is whole in one type: a scan whose carry has the base's type goes on then.
-      donate: whether the bases' buffers become those of the merged kernels, so that no second copy of the model is
-        made; the bases of `tree` are deleted then, and with them the arrays of the tree that was wrapped, which are
-        the same. Kernels that change their type, and arrays that stand in the tree
-        more than once, are copied. Under jit it changes nothing: `jax.jit` has `donate_argnums`.
+      dtype: the type of the merged kernels. Quantised leaves become dense arrays of this type. None: each kernel keeps
+        its own type, and quantised leaves without an adapter stay quantised.
+      everything: whether plain floating leaves, and those trained in full, are cast to `dtype` too. The whole model
+        then has one type, which a scan needs if its carry has the type of the base.
+      donate: whether the merged kernels reuse the memory of the bases. No second copy of the model is made then. The
+        bases of `tree`, and the same arrays in the plain tree, are deleted. Kernels that change their type are copied,
+        and so are arrays that are in the tree more than once. Under jit it changes nothing: `jax.jit` has
+        `donate_argnums`.
 
     Returns:
       The tree that was wrapped, with the kernels merged; leaves trained in full have their trained values.

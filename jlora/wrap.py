@@ -30,7 +30,7 @@ def wrap(params: Any, spec: LoraSpec, *, key: jax.Array | None = None, sites: Ma
 
     Args:
       params: any pytree of arrays: dicts, `FrozenDict`, `nnx.State`, Equinox modules, registered dataclasses.
-      spec: what to adapt, and how.
+      spec: the `jlora.LoraSpec`, which says what is adapted, and how.
       key: a PRNG key for the factors; None takes ``jax.random.key(spec.seed)``.
       sites: what `jlora.sites` found: how each leaf is used, with its axes. Without it Flax's conventions decide.
 

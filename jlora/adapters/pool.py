@@ -29,7 +29,9 @@ from jlora.wrap import wrap
 
 
 class Pool:
-    """Adapters on one base, by name: as many as there is room for, those longest unused make way.
+    """Adapters on one base, by name, as many as there is room for.
+
+    If there is no room, the least recently used adapter is removed.
 
     The tree of all has one structure and shape whatever is in it, so that a compiled function of it is never compiled
     again. Its arrays are replaced, never written: a step that runs on an earlier tree is not disturbed. All methods may
@@ -39,14 +41,16 @@ class Pool:
     Args:
       base: the plain tree, which may be quantised, and placed on a mesh.
       capacity: how many adapters there is room for.
-      rank: the largest that there is room for; it costs as much for smaller ones.
+      rank: the largest rank that there is room for. Adapters of a lower rank cost as much.
       spec: a `jlora.LoraSpec` that tells which kernels adapters may have, of which variant, which leaves in full, and
         the type of the factors; its rank, scale and dropout count for nothing. None: all linear layers, LoRA.
       sites: as in `jlora.wrap`.
 
     Attributes:
       tree: of all adapters now, for `jlora.adapters.batched`; `take` gives it with the numbers that go with it.
-      base, capacity, rank: as given.
+      base: the plain tree that was given.
+      capacity: how many adapters there is room for.
+      rank: the largest rank that there is room for.
 
     Raises:
       ValueError: if capacity or rank is less than one, or as `jlora.wrap` does.

@@ -32,7 +32,7 @@ def stack(trees: Sequence[Any], *, base: Any = None) -> Any:
     With n adapters of rank up to r, A is (batch..., n, r, in...) and B is (batch..., n, r, out...).
 
     Args:
-      trees: wrapped trees, with the very same base arrays or equal ones; None, or the plain tree, is the base itself.
+      trees: wrapped trees, whose bases must be equal. None, or the plain tree, is the base without an adapter.
       base: the plain tree. It is needed where a leaf is trained in full by all of them, since none keeps its original:
         without it adapter -1, the base, has NaN there.
 

@@ -31,7 +31,8 @@ def save(directory: str | Path, tree: Any, *, overwrite: bool = False) -> None:
     Args:
       directory: to be made; it appears whole or not at all.
       tree: a wrapped tree.
-      overwrite: replace what is there, which is deleted first; steps of a run are better kept by `Checkpoints`.
+      overwrite: whether an adapter that is there is replaced. It is deleted first, so a program that is killed in
+        between leaves neither. For the steps of a run use `Checkpoints`, which deletes an old step after the new one.
 
     Raises:
       FileExistsError: if the directory is there and is not to be replaced.

@@ -1,8 +1,8 @@
 """Tell what is installed, the devices, and what of jlora they allow.
 
-The table is to be pasted into a report of a fault. It has no paths of this
-machine and no variables of its environment. What is missing or broken is told,
-and stops nothing. Where jlora itself can't be imported, its file runs alone:
+Paste the table into a bug report. It has no paths of this machine and no
+variables of its environment. What is missing or broken is reported, and stops
+nothing. If jlora can't be imported, run the file alone:
 python -P FOLDER_OF_JLORA/cli/doctor.py
 """
 

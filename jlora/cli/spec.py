@@ -1,9 +1,9 @@
 """Print the LoraSpec that a file of another tool's settings means.
 
 The file is PEFT's adapter_config.json (or its directory), or a configuration of
-Axolotl's, LLaMA-Factory's or FastChat's, in YAML or JSON. Whose it is its names
-tell. What is printed is Python: below the spec stand, as comments, the names
-that are no adapter's.
+Axolotl's, LLaMA-Factory's or FastChat's, in YAML or JSON. The tool is
+recognised by the names in the file. The output is Python. Names that have
+nothing to do with the adapter are comments below the spec.
 
 jlora spec qlora.yaml
 jlora spec settings.json --tool fastchat

@@ -21,7 +21,7 @@ def kaiming(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtype:
     Args:
       key: a PRNG key.
       in_shape, out_shape: the sizes of the kernel's in axes and of its out axes.
-      rank: r.
+      rank: the rank r.
       dtype: of the factors.
 
     Returns:
@@ -48,7 +48,7 @@ def gaussian(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtype
     Args:
       key: a PRNG key.
       in_shape, out_shape: the sizes of the kernel's in axes and of its out axes.
-      rank: r.
+      rank: the rank r.
       dtype: of the factors.
 
     Returns:
@@ -72,7 +72,7 @@ def orthogonal(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dty
     Args:
       key: a PRNG key.
       in_shape, out_shape: the sizes of the kernel's in axes and of its out axes.
-      rank: r, an even number.
+      rank: the rank r, an even number.
       dtype: of the factors.
 
     Returns:
@@ -104,7 +104,7 @@ def embedding(key: jax.Array, in_shape: Shape, out_shape: Shape, rank: int, dtyp
     Args:
       key: a PRNG key.
       in_shape, out_shape: the sizes of the table's in axes (tokens) and of its out axes (features).
-      rank: r.
+      rank: the rank r.
       dtype: of the factors.
 
     Returns:

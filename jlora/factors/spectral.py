@@ -21,8 +21,8 @@ def pissa(matrix: jax.Array, rank: int, scale: float, key: jax.Array, niter: int
 
     Args:
       matrix: W, of shape (in, out).
-      rank: r.
-      scale: s.
+      rank: the rank r.
+      scale: the scale s.
       key: for the random start of the approximate decomposition.
       niter: rounds of subspace iteration, as in `leading`; None decomposes exactly.
 
@@ -49,8 +49,8 @@ def milora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factor
 
     Args:
       matrix: W, of shape (in, out).
-      rank: r.
-      scale: s.
+      rank: the rank r.
+      scale: the scale s.
       key: not used; all functions of this kind take one.
 
     Returns:
@@ -78,7 +78,7 @@ def olora(matrix: jax.Array, rank: int, scale: float, key: jax.Array) -> Factors
 
     Args:
       matrix: W, of shape (in, out).
-      rank: r.
+      rank: the rank r.
       scale: not used.
       key: not used; all functions of this kind take one.
 

@@ -199,7 +199,7 @@ class Part(_Seen):
 
     Attributes:
       lora_whole: the adapted model.
-      lora_steps: where it is in the model: names and numbers.
+      lora_steps: the names and numbers that lead to it in the model.
 
     Example:
       >>> import jax.numpy as jnp, jlora

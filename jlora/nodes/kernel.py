@@ -22,7 +22,7 @@ class KernelSpec:
     """What a spec says of one kernel.
 
     Args:
-      rank: r.
+      rank: the rank r.
       scale: the factor s of the update.
       dropout: rate of the dropout on the low-rank path's input.
       init: a name, or a function, as of `jlora.LoraSpec`.
@@ -68,12 +68,18 @@ class Kernel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The static fields of a node with low-rank factors: ``axes``, ``layers``, ``scale`` and ``dropout``."""
+        """The static fields of a node with low-rank factors, by name.
+
+        They are ``axes``, ``layers``, ``scale`` and ``dropout``.
+        """
         return {**self.place, "scale": self.spec.scale, "dropout": self.spec.dropout}
 
     @property
     def place(self) -> dict[str, Any]:
-        """The static fields of every node, by name: ``axes`` and ``layers``."""
+        """The static fields of every node, by name.
+
+        They are ``axes`` and ``layers``.
+        """
         return {"axes": self.axes, "layers": self.layers}
 
     @property

@@ -57,10 +57,11 @@ def adalora(
     stays there for the last `final_steps`. The b(t) most important triplets of all kernels together are kept. Of the
     others ``lora_e`` becomes exactly zero; until the last phase, where the choice is fixed, they may come back.
 
-    It goes inside `jlora.optimizer`; `optax.MultiSteps` goes around it. Nothing may rescale its updates of ``lora_e``:
-    behind `optax.chain(adalora(...), optax.scale(0.5))` a value that should be zero is halved, and no kernel ever loses
-    a rank. Scale within `tx`. An update that runs outside of jit refuses such values one step later; under jit nothing
-    can be raised, and `ranks` that do not fall are the only sign.
+    It goes inside `jlora.optimizer`. To accumulate, put `optax.MultiSteps` between the two:
+    ``jlora.optimizer(optax.MultiSteps(adalora(tx, ...), 4), params)``. Nothing may come after it in an `optax.chain`:
+    in ``optax.chain(adalora(...), optax.scale(0.5))`` a value that should be zero is halved, and no kernel ever loses
+    a rank. Scale within `tx`. Outside of jit the next update raises an error for such values. Under jit nothing can be
+    raised: the only sign is that `ranks` do not fall.
 
     Add `jlora.variants.orthogonality` to the loss. `ranks` tells what is left of each kernel.
 
@@ -77,9 +78,9 @@ def adalora(
       A transformation whose `update` needs the parameters; state: `AdaLoraState`.
 
     Raises:
-      ValueError: if the phases do not fit into `total_steps`, or a number is out of its range; from `init`, if the tree
-        has no AdaLoRA kernel, or fewer triplets than the target; from `update` without parameters, where a frozen base
-        would be trained, and (outside of jit) where a value that the last update zeroed is not zero.
+      ValueError: if the phases do not fit into `total_steps`, or a number is out of its range. From `init`: if the tree
+        has no AdaLoRA kernel, or fewer triplets than the target. From `update`: if it gets no parameters, if a frozen
+        base would be trained, or (outside of jit) if a value that the last update zeroed is not zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, jlora, optax

@@ -24,14 +24,14 @@ FLOOR = 4  # in units of float32's resolution of a Gram matrix: below 1, those o
 def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
     """Multiplies the gradients of A by ``(B B^T + damping I)^-1`` and those of B by ``(A^T A + damping I)^-1``.
 
-    This is the gradient in a metric of the product: to first order the step of ``A B`` is the same for ``A G`` and
-    ``G^-1 B``, so that unlike sizes of the factors, and unlike singular values, no longer slow the training down. For
-    each stacked layer or expert it costs two r x r Cholesky factors and four products of rank r, in float32.
+    This is the gradient in a metric of the product. To first order the step of ``A B`` is the same for ``A G`` and
+    ``G^-1 B``. So different sizes of A and B no longer slow training down, and neither do different singular values.
+    For each stacked layer or expert it costs two r x r Cholesky factors and four products of rank r, in float32.
 
     It changes the gradients of every node with the fields ``lora_a``, of shape (batch..., in..., r), and ``lora_b``, of
     shape (batch..., r, out...), whose product is the update. All other leaves pass as they are, and so do AdaLoRA's
-    factors, which its regulariser holds orthogonal. Where A is frozen (LoRA-FA) only B's gradient changes, for which A
-    must be in sight: there chain it outside, ``optax.chain(precondition(), jlora.optimizer(tx, params))``.
+    factors, which its regulariser holds orthogonal. Where A is frozen (LoRA-FA) only B's gradient changes. It then needs
+    the values of A, so chain it outside: ``optax.chain(precondition(), jlora.optimizer(tx, params))``.
 
     Args:
       damping: added to the diagonals. It is at least 4 times float32's resolution of the matrix's trace: linearly

@@ -89,7 +89,7 @@ def load(
       FileNotFoundError: if there are no such files, neither here nor on the Hub.
       PermissionError: if the Hub does not give them: the repository is gated, or private.
       ConnectionError: if the Hub can't be asked, and its cache does not have them.
-      ImportError: if the Hub is to be asked, and ``huggingface_hub`` is not installed: ``pip install "jlora[hub]"``.
+      ImportError: if the Hub is to be asked, and ``huggingface_hub`` is not installed: ``pip install ".[hub]"``.
       TypeError: if the tree is wrapped already.
       ValueError: if the files are not what these tools write, or do not fit the tree, or fit in several places of it.
 

@@ -23,7 +23,7 @@ class Update:
       kind: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"experts"``.
       a: (r, in), (r, tokens), (r, in, height, width) or (experts, r, in).
       b: (out, r), (features, r), (out, r) or (experts, out, r).
-      scale: s.
+      scale: the scale s.
       magnitude: DoRA's, (out,), or None.
       bias: of B, (out,), or None: the layer's bias becomes ``bias + scale * bias_of_B``.
     """

@@ -118,7 +118,7 @@ def push(
       FileNotFoundError: if the directory holds no adapter.
       ValueError: if its files are none that can be read, or of two saves, or the name is none of the Hub's.
       OSError: if the Hub does not take it, or can't be asked.
-      ImportError: if ``huggingface_hub`` is not installed: ``pip install "jlora[hub]"``.
+      ImportError: if ``huggingface_hub`` is not installed: ``pip install ".[hub]"``.
 
     Example:
       What can't be uploaded is refused before the Hub is asked:

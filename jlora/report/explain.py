@@ -73,7 +73,7 @@ class Explanation(Table):
       flops: of the forward pass, adapted and plain; None where XLA tells none.
       bytes_accessed: likewise.
       totals: parameters and bytes of the tree.
-      without_effect: what trains in vain, by path, with the reason: it is not used, its use does not reach the result,
+      without_effect: what trains without effect, by path, with the reason: it is not used, its use does not reach the result,
         or no gradient comes back to it.
       plain: the paths of kernels that could be adapted, and are neither adapted nor trained in full.
     """
@@ -102,8 +102,8 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
 
     Traces `fn` abstractly: arrays may be of type `jax.ShapeDtypeStruct`. FLOPs and bytes are XLA's count for the
     forward pass before optimisation, of one step of each loop. Prints as text of eighty columns; in a notebook it shows
-    as a tree that folds. What trains without effect is told below, and so are kernels that could be adapted and are
-    not.
+    as a tree that folds. Below it are lines for what trains without effect, and for kernels that could be adapted
+    and are not.
 
     Args:
       fn: the unchanged function, as given to `jlora.apply`; or a loss that calls `jlora.apply`, whose `rng` and

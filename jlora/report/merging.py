@@ -38,7 +38,7 @@ def merge_error(
     """How much of each adapter ``merge(tree, dtype=dtype)`` rounds away, and what that does to a function's result.
 
     A kernel of 16 bits keeps an update only where it is larger than half a step of the kernel's own numbers, so small
-    updates are lost where `jlora.apply` has all of them. Nothing is warned of here.
+    updates are lost where `jlora.apply` has all of them. It gives no warning.
 
     Args:
       tree: a wrapped tree, with values.

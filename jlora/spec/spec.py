@@ -38,12 +38,13 @@ class LoraSpec:
       leaf, as PEFT writes it: ``module:.*layers.0.query``. With ``module?:`` there may be none.
 
     Args:
-      targets: ``"all-linear"`` (every kernel of a linear layer, by the name of ``kernel`` or ``w`` where no `sites` are
-        given, but those of ``train`` and of an output layer named ``lm_head``, ``embed_out`` or, as MaxText's,
-        ``logits_dense``), a pattern or a sequence of patterns over paths (see above), which may have ``"all-linear"``
-        among them, a function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters.
-        ``()`` adapts nothing: beside `train`, as LN tuning of norms, or ``bias="all"``, as BitFit.
-      exclude: patterns taken out of the targets.
+      targets: which leaves are adapted. It is ``"all-linear"``, a pattern (see above), a sequence of patterns, a function
+        ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters. ``"all-linear"`` is every
+        kernel of a linear layer. It leaves out those in ``train``, and an output layer named ``lm_head``, ``embed_out``
+        or ``logits_dense`` (MaxText's). Without `sites`, it knows kernels by the names ``kernel`` and ``w``. A sequence
+        of patterns may have ``"all-linear"`` in it. ``()`` adapts nothing,
+        beside `train` (as LN tuning of norms) or ``bias="all"`` (as BitFit).
+      exclude: patterns of leaves that are left out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.
       dropout: rate of the dropout on the low-rank path's input, on when `jlora.apply` is given `rng`.
@@ -66,16 +67,17 @@ class LoraSpec:
       overrides: settings for the kernels that match a pattern, the first that matches:
         ``{"mlp/*": {"rank": 4, "alpha": 8}}`` (PEFT's ``rank_pattern`` and ``alpha_pattern``).
       axes: ``{pattern: Axes}`` for kernels whose axes neither `jlora.sites` nor Flax's conventions tell.
-      dtype: of the factors; None is float32.
-      seed: of the factors' initialisation, when `jlora.wrap` gets no key.
+      dtype: the type of the factors; None is float32.
+      seed: the seed of the factors, when `jlora.wrap` gets no key.
 
     Raises:
       ValueError: if a setting is out of its range; the message names it, what was found and what is expected.
       TypeError: if there is no such setting.
 
     Example:
-      >>> spec = LoraSpec(targets=("query", "value"), rank=4, alpha=8)
-      >>> LoraSpec.from_dict(spec.to_dict()) == spec
+      >>> import jlora
+      >>> spec = jlora.LoraSpec(targets=("query", "value"), rank=4, alpha=8)
+      >>> jlora.LoraSpec.from_dict(spec.to_dict()) == spec
       True
 
     References:
@@ -224,7 +226,8 @@ class LoraSpec:
           ImportError: if it is YAML, and PyYAML is not installed.
 
         Example:
-          >>> spec = LoraSpec.from_peft({"r": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": True})
+          >>> import jlora
+          >>> spec = jlora.LoraSpec.from_peft({"r": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": True})
           >>> spec.rank, spec.alpha, spec.scaling
           (16, 8, 'rslora')
 
@@ -252,8 +255,9 @@ class LoraSpec:
           FileNotFoundError, ImportError: of a file, as of `from_peft`.
 
         Example:
+          >>> import jlora
           >>> config = {"adapter": "qlora", "lora_r": 32, "lora_alpha": 64, "lora_target_linear": True, "bf16": True}
-          >>> LoraSpec.from_axolotl(config) == LoraSpec(targets="all-linear", rank=32, alpha=64)
+          >>> jlora.LoraSpec.from_axolotl(config) == jlora.LoraSpec(targets="all-linear", rank=32, alpha=64)
           True
 
         References:
@@ -282,7 +286,8 @@ class LoraSpec:
           FileNotFoundError, ImportError: of a file, as of `from_peft`.
 
         Example:
-          >>> spec = LoraSpec.from_llamafactory({"finetuning_type": "lora", "lora_rank": 16, "pissa_init": True})
+          >>> import jlora
+          >>> spec = jlora.LoraSpec.from_llamafactory({"finetuning_type": "lora", "lora_rank": 16, "pissa_init": True})
           >>> spec.targets, spec.alpha, spec.init
           ('all-linear', 32, 'pissa_niter_16')
 
@@ -310,7 +315,8 @@ class LoraSpec:
           FileNotFoundError, ImportError: of a file, as of `from_peft`.
 
         Example:
-          >>> spec = LoraSpec.from_fastchat({"lora_r": 16, "q_lora": True, "learning_rate": 2e-5})
+          >>> import jlora
+          >>> spec = jlora.LoraSpec.from_fastchat({"lora_r": 16, "q_lora": True, "learning_rate": 2e-5})
           >>> spec.rank, spec.alpha, spec.dropout, spec.bias
           (16, 16, 0.05, 'none')
 

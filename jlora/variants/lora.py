@@ -28,7 +28,7 @@ class LoraParam(AdaptedParam):
       lora_a: A, of shape (batch..., in..., r), trained.
       lora_b: B, of shape (batch..., r, out...), trained.
       axes: which axes of W are in, out and batch.
-      scale: s.
+      scale: the scale s.
       dropout: rate of the dropout on A's input.
       layers: which of the layers stacked on the first batch axis are adapted; None: all. The factors have these alone.
       start: (A_0, B_0), frozen, or () where their product is zero.
