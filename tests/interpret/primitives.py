@@ -23,19 +23,29 @@ SEEN_AS = {
 }
 HEAD = """# What each operation does with a kernel
 
-Every program is a sequence of operations. JAX calls their kinds *primitives*. Each of them meets a kernel in one of
-four ways:
+Every program is a sequence of operations. JAX calls their kinds *primitives*. The names are not always those that you
+write:
+
+| you write | the operation |
+| --- | --- |
+| `x @ w`, `jnp.dot`, `jnp.einsum`, `jax.lax.dot_general`, `nn.Dense` | `dot_general` |
+| `jax.lax.conv`, `nn.Conv` | `conv_general_dilated` |
+| `table[ids]`, `jnp.take`, `nn.Embed` | `gather` |
+| `jax.lax.ragged_dot`, for experts | `ragged_dot_general` |
+| `w.T`, `w.reshape(...)`, `w[0]`, `w.astype(...)` | `transpose`, `reshape`, `slice`, `convert_element_type` |
+
+Each of them meets a kernel in one of four ways:
 
 - **factored**: the product with the base is as it was, and two small products are added. The weight is not built.
 - **view**: the kernel is seen in another way, and *A* and *B* change in the same way. The next operation meets a
   kernel again.
 - **recursed into**: it contains a function; the same rules are applied there.
-- **dense**: `W + s A B` is computed, and a warning says so.
+- **dense**: `W + s A B` is computed, and a warning says so, with the reason.
 
 A rule may not fit the axes of a kernel, such as a reshape that cuts an axis that OFT rotates. Then the kernel is
-computed densely, and the warning tells why. `jlora.explain` shows what each use in your program becomes.
+computed densely too. `jlora.explain` shows what each use in your program becomes.
 
-The third column is for a quantised base ({{doc}}`guides/qlora`). Where a view can be applied to the **quantised
+The third column is for a {{doc}}`quantised base <guides/qlora>`. Where a view can be applied to the **quantised
 values** and their scales, nothing is dequantised. Elsewhere the kernel is **dequantised**. A product dequantises it
 where it is used, once forwards and once backwards.
 
