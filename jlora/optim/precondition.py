@@ -30,8 +30,8 @@ def precondition(damping: float = 1e-6) -> optax.GradientTransformation:
 
     It changes the gradients of every node with the fields ``lora_a``, of shape (batch..., in..., r), and ``lora_b``, of
     shape (batch..., r, out...), whose product is the update. All other leaves pass as they are, and so do AdaLoRA's
-    factors, which its regulariser holds orthogonal. Where A is frozen (LoRA-FA) only B's gradient changes. It then needs
-    the values of A, so chain it outside: ``optax.chain(precondition(), jlora.optimizer(tx, params))``.
+    factors, which its regulariser holds orthogonal. Where A is frozen (LoRA-FA) only B's gradient changes. It then
+    needs the values of A, so chain it outside: ``optax.chain(precondition(), jlora.optimizer(tx, params))``.
 
     Args:
       damping: added to the diagonals. It is at least 4 times float32's resolution of the matrix's trace: linearly

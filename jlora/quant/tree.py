@@ -43,9 +43,9 @@ def quantize(
         (e4m3).
       targets: which leaves, as of `jlora.LoraSpec`.
       exclude: of these, which not.
-      tile: how many elements along the contracted axes share a scale, which has the kernel's type. If it does not divide
-        the axes, the largest number below it that does is taken. That must be at least 16, else it is an error. A table
-        has tiles along its rows. None: one scale for each output.
+      tile: how many elements along the contracted axes share a scale, which has the kernel's type. If it does not
+        divide the axes, the largest number below it that does is taken. Below 16 it is an error, unless `tile` or the
+        axes are as small. A table has tiles along its rows. None: one scale for each output.
       double_quant: whether the scales are quantised too, to 8 bits, at most 256 of them together.
       sites: what `jlora.sites` found: the kernels' axes. Without it Flax's conventions decide.
       axes: those of kernels that neither sites nor conventions tell, as of `jlora.LoraSpec`.

@@ -73,8 +73,8 @@ class Explanation(Table):
       flops: of the forward pass, adapted and plain; None where XLA tells none.
       bytes_accessed: likewise.
       totals: parameters and bytes of the tree.
-      without_effect: what trains without effect, by path, with the reason: it is not used, its use does not reach the result,
-        or no gradient comes back to it.
+      without_effect: what trains without effect, by path, with the reason: it is not used, its use does not reach the
+        result, or no gradient comes back to it.
       plain: the paths of kernels that could be adapted, and are neither adapted nor trained in full.
     """
 

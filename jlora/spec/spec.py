@@ -38,12 +38,12 @@ class LoraSpec:
       leaf, as PEFT writes it: ``module:.*layers.0.query``. With ``module?:`` there may be none.
 
     Args:
-      targets: which leaves are adapted. It is ``"all-linear"``, a pattern (see above), a sequence of patterns, a function
-        ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters. ``"all-linear"`` is every
-        kernel of a linear layer. It leaves out those in ``train``, and an output layer named ``lm_head``, ``embed_out``
-        or ``logits_dense`` (MaxText's). Without `sites`, it knows kernels by the names ``kernel`` and ``w``. A sequence
-        of patterns may have ``"all-linear"`` in it. ``()`` adapts nothing,
-        beside `train` (as LN tuning of norms) or ``bias="all"`` (as BitFit).
+      targets: which leaves are adapted. It is ``"all-linear"``, a pattern (see above), a sequence of patterns, a
+        function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters. A sequence of
+        patterns may have ``"all-linear"`` in it. ``"all-linear"`` is every kernel of a linear layer. It leaves out
+        those in ``train``, and an output layer named ``lm_head``, ``embed_out`` or ``logits_dense`` (MaxText's).
+        Without `sites`, it knows kernels by the names ``kernel`` and ``w``. ``()`` adapts nothing, beside `train` (as LN
+        tuning of norms) or ``bias="all"`` (as BitFit).
       exclude: patterns of leaves that are left out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.
@@ -53,8 +53,8 @@ class LoraSpec:
         ``"pissa_niter_N"`` (N rounds of subspace iteration in place of the exact decomposition), ``"milora"``,
         ``"olora"``; or a function ``(key, in_shape, out_shape, rank, dtype) -> (lora_a, lora_b)`` for one kernel
         without batch axes. `jlora.init.eva` and `jlora.init.lora_ga` take a wrapped tree and data.
-      variant: a name in `jlora.variants.VARIANTS`, such as ``"lora"``, ``"dora"`` or ``"oft"``, or an `AdaptedParam`
-        class.
+      variant: a name in `jlora.variants.VARIANTS` (``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"adalora"``,
+        ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``), or an `AdaptedParam` class.
       options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.
       layers: the layers to adapt, such as ``range(8, 16)``: by the number in a path, or on the stacked axis; None: all.
       layers_name: of the list of layers, where a path has other numbers before the layer's: ``"layers"``, or with what
