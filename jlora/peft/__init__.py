@@ -48,6 +48,9 @@ def load(
 ) -> Any:
     """Wraps a tree with an adapter that PEFT has written: LoRA, rsLoRA or DoRA, with all that goes along.
 
+    Files of other methods become the nodes of their variants: AdaLoRA, VeRA, LoHa, LoKr, IA3, OFT, BOFT and others of
+    `jlora.variants` that have a `FORM`. LN tuning gives leaves that train in full.
+
     Or with one of another tool, which the files and the names in them tell: MLX-LM's (a directory with
     ``adapters.safetensors``), that of kohya's scripts or of diffusers (one ``.safetensors`` file).
 
@@ -170,8 +173,10 @@ def save(
 ) -> None:
     """Writes the adapter of a wrapped tree as PEFT does: a few MB, without the base.
 
-    Low-rank variants are written as plain LoRA of the same function (those that started from parts of the kernel with
-    twice the rank), DoRA as itself. Beside it lies a card, ``README.md``, which says what it is and how it is loaded.
+    A variant that PEFT has is written as what it is, with its settings, if all kernels have the same one and PEFT's
+    method takes such layers. Other low-rank variants are written as plain LoRA of the same function (those that started
+    from parts of the kernel with twice the rank). Norms alone are LN tuning. Beside the files lies a card,
+    ``README.md``, which says what the adapter is and how it is loaded.
 
     Args:
       directory: for ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``; each appears whole or not

@@ -42,8 +42,8 @@ class LoraSpec:
         function ``(path, leaf) -> bool``, or a tree of booleans with the structure of the parameters. A sequence of
         patterns may have ``"all-linear"`` in it. ``"all-linear"`` is every kernel of a linear layer. It leaves out
         those in ``train``, and an output layer named ``lm_head``, ``embed_out`` or ``logits_dense`` (MaxText's).
-        Without `sites`, it knows kernels by the names ``kernel`` and ``w``. ``()`` adapts nothing, beside `train` (as LN
-        tuning of norms) or ``bias="all"`` (as BitFit).
+        Without `sites`, it knows kernels by the names ``kernel`` and ``w``. ``()`` adapts nothing, beside `train` (as
+        LN tuning of norms) or ``bias="all"`` (as BitFit).
       exclude: patterns of leaves that are left out of the targets.
       rank: the rank r of ``lora_a`` (in, r) and ``lora_b`` (r, out).
       alpha: numerator of the scale.
@@ -206,9 +206,9 @@ class LoraSpec:
         PEFT, names in a list that match nothing are passed over as long as one matches, and so are ``rank_pattern`` and
         ``alpha_pattern``. ``modules_to_save`` and a classifier's head (by ``task_type``) become `train`.
 
-        The methods LORA, ADALORA, LOHA, LOKR, IA3, OFT, BOFT and VERA are those of `jlora.variants`; AdaLoRA's schedule
-        belongs to `jlora.optim.adalora`. OFT's rotations are exact where PEFT's are a series, and BOFT's have no vector
-        of output scales beside them.
+        The methods are those of `jlora.variants`, with PEFT's options: OFT's series, BOFT's output scales. LN_TUNING
+        trains modules whole. AdaLoRA's schedule belongs to `jlora.optim.adalora`. IA3 scales no biases here, as PEFT's
+        does.
 
         Args:
           config: settings by PEFT's names, such as ``json.load`` returns. Those that tell nothing of the adapter
