@@ -28,6 +28,7 @@ class Form:
       orders_outputs: whether it matters which outputs stand beside which, so that they can't be put in another order.
       bias: what the setting ``bias`` calls the biases beside adapted kernels; "": the method has no such setting.
       turns_bias: whether PEFT changes the bias beside an adapted kernel with it, which no node here does.
+      integers: tensors of whole numbers.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Form:
     orders_outputs: bool = False
     bias: str = ""
     turns_bias: bool = False
+    integers: tuple[str, ...] = ()
 
     def field(self, tensor: str) -> tuple[str, tuple[str, ...]]:
         """The field that a tensor is, and the words of the tensor's axes."""

@@ -24,6 +24,8 @@ _UNSAID = {
     "ADALORA": f"{SCHEDULE} r rank_pattern",
     "OFT": "r",
     "LOKR": "decompose_both",
+    "SHIRA": "mask_type random_seed",
+    "WAVEFT": "proportional_parameters",
     "DELORA": "delora_lambda lambda_pattern",
 }
 _STARTS = "init_weights init_lora_weights init_ia3_weights init_logits_std init_vector_bank_bound task_type"

@@ -43,7 +43,8 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
         file = TensorFile(directory / WEIGHTS) if has_weights else PickledFile(directory / PICKLE)
         settings = beside(file, allow_edited)
     config = _config(directory / CONFIG, settings)
-    check_types(file, file)
+    integers = () if config.form is None else config.form.integers
+    check_types(file, [name for name in file if name.rpartition(".")[2] not in integers])
     adapter = _adapter(file, config)
     if not allow_edited:
         _check_edited(file, adapter)

@@ -38,6 +38,7 @@ REFUSED = {
     "rank_dropout": _DROPOUT,
     "module_dropout": _DROPOUT,
     "boft_dropout": _DROPOUT,
+    "proportional_parameters": "the number of coefficients is a kernel's own; give n_frequency_pattern",
     "hira_dropout": "the kernel is computed, so that there is no path to drop; set it to 0",
     "use_effective_conv2d": "a convolution's window is one of its in axes here; leave it out",
     "decompose_both": "the small factor stays whole; leave it out",
@@ -191,6 +192,19 @@ def _patterned(settings: Settings, form: Any, options: Mapping[str, Any]) -> dic
     return {"overrides": made} if made else {}
 
 
+def _waveft(settings: Settings) -> dict[str, Any]:
+    if settings.get("wavelet_family", "db1") not in ("db1", "haar"):
+        settings.refuse("wavelet_family", "the one of two numbers is implemented; give 'db1'")
+    return _of_form("waveft")(settings)
+
+
+def _shira(settings: Settings) -> dict[str, Any]:
+    if settings.get("mask_type", "random") != "random":
+        settings.refuse("mask_type", "the places are drawn; give 'random'")
+    seed = settings.get("random_seed")
+    return _of_form("shira")(settings) | {"options": {"seed": seed}}
+
+
 def _gralora(settings: Settings) -> dict[str, Any]:
     made = _of_form("gralora")(settings)
     return made | {"scaling": made.pop("alpha") / (made["rank"] + made["options"]["hybrid"])}
@@ -245,6 +259,7 @@ LORA = f"r lora_alpha lora_dropout bias init_lora_weights trainable_token_indice
 SCHEDULE = "target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"
 LYCORIS = f"r alpha init_weights rank_pattern alpha_pattern exclude_modules {LAYERS}"
 COMMON = f"init_weights bias exclude_modules {LAYERS}"
+SPECTRUM = "n_frequency scaling random_loc_seed n_frequency_pattern"
 CAYLEY = "eps use_cayley_neumann num_cayley_neumann_terms"
 METHODS = {
     "LORA": Method(_lora, LORA),
@@ -262,5 +277,8 @@ METHODS = {
     "C3A": Method(_of_form("c3a"), f"block_size block_size_pattern {COMMON}"),
     "GRALORA": Method(_gralora, f"r hybrid_r alpha gralora_dropout gralora_k {COMMON}"),
     "HIRA": Method(_of_form("hira"), f"r rank_pattern init_weights exclude_modules {LAYERS}"),
+    "FOURIERFT": Method(_of_form("fourierft"), f"{SPECTRUM} {COMMON}"),
+    "WAVEFT": Method(_waveft, f"wavelet_family use_idwt {SPECTRUM} {COMMON}"),
+    "SHIRA": Method(_shira, "r mask_type random_seed init_weights"),
     "DELORA": Method(_of_form("delora"), f"r delora_lambda rank_pattern {COMMON}"),
 }

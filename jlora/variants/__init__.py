@@ -15,6 +15,7 @@ from jlora.variants.adalora import AdaLoraParam, orthogonality
 from jlora.variants.c3a import C3aParam
 from jlora.variants.delora import DeloraParam
 from jlora.variants.dora import DoraParam
+from jlora.variants.fourierft import FourierFtParam
 from jlora.variants.gralora import GraloraParam
 from jlora.variants.hira import HiraParam
 from jlora.variants.hra import HraParam
@@ -26,7 +27,9 @@ from jlora.variants.lora_fa import LoraFaParam
 from jlora.variants.miss import MissParam
 from jlora.variants.oft import BoftParam, OftParam
 from jlora.variants.road import RoadParam
+from jlora.variants.shira import ShiraParam
 from jlora.variants.vera import VeraParam
+from jlora.variants.waveft import WaveFtParam
 
 #: The classes by the names that ``LoraSpec(variant=...)`` takes: ``{"lora": LoraParam, ...}``.
 VARIANTS: dict[str, type[AdaptedParam]] = {
@@ -47,6 +50,9 @@ VARIANTS: dict[str, type[AdaptedParam]] = {
     "gralora": GraloraParam,
     "hira": HiraParam,
     "delora": DeloraParam,
+    "fourierft": FourierFtParam,
+    "waveft": WaveFtParam,
+    "shira": ShiraParam,
 }
 
 __all__ = [
@@ -59,6 +65,9 @@ __all__ = [
     "GraloraParam",
     "HiraParam",
     "DeloraParam",
+    "FourierFtParam",
+    "WaveFtParam",
+    "ShiraParam",
     "DoraParam",
     "Factored",
     "HraParam",

@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hra": {"variant": "hra", "rank": 2},
     "c3a": {"variant": "c3a"},
     "gralora": {"variant": "gralora", "rank": 2},
+    "fourierft": {"variant": "fourierft", "options": {"frequencies": 5}},
+    "shira": {"variant": "shira", "rank": 1},
     "hira": {"variant": "hira", "rank": 2},
     "delora": {"variant": "delora", "rank": 2},
     "road": {"variant": "road", "options": {"group_size": 2}},
@@ -80,8 +82,10 @@ WITHOUT_RANK = (
     "gralora",
     "hira",
     "delora",
+    "fourierft",
+    "shira",
 )  # or with the same for all
-WITHOUT_SUMS = ("oft", "boft", "road", "c3a", "hira")
+WITHOUT_SUMS = ("oft", "boft", "road", "c3a", "hira", "shira", "fourierft")
 
 
 def family(params: Any, name: str) -> list[Any]:

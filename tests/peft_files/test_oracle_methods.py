@@ -44,6 +44,10 @@ METHODS = {
     "c3a": ("C3AConfig", {"block_size": 4, "block_size_pattern": {"down_proj": 8}}),
     "gralora": ("GraloraConfig", {"r": 4, "alpha": 6}),
     "gralora, hybrid": ("GraloraConfig", {"r": 8, "gralora_k": 4, "hybrid_r": 3}),
+    "fourierft": ("FourierFTConfig", {"n_frequency": 40, "scaling": 9.0, "n_frequency_pattern": {"k_proj": 20}}),
+    "waveft": ("WaveFTConfig", {"n_frequency": 40, "scaling": 3.0, "n_frequency_pattern": {"k_proj": 20}}),
+    "waveft, entries": ("WaveFTConfig", {"n_frequency": 40, "scaling": 3.0, "use_idwt": False, "random_loc_seed": 5}),
+    "shira": ("ShiraConfig", {"r": 2}),
     "hira": ("HiraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}}),
     "delora": ("DeloraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}, "lambda_pattern": {"k_proj": 5}}),
 }

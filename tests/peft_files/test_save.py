@@ -68,6 +68,10 @@ VARIANTS = {
     "c3a": ({"variant": "c3a", "options": {"block_size": 4}}, "C3A"),
     "gralora": ({"variant": "gralora"}, "GRALORA"),
     "gralora, hybrid": ({"variant": "gralora", "options": {"k": 1, "hybrid": 1}}, "GRALORA"),
+    "fourierft": ({"variant": "fourierft", "options": {"frequencies": 9, "seed": 3}}, "FOURIERFT"),
+    "waveft": ({"variant": "waveft"}, "WAVEFT"),
+    "waveft, entries": ({"variant": "waveft", "options": {"frequencies": 9, "wavelet": False}}, "WAVEFT"),
+    "shira": ({"variant": "shira"}, "SHIRA"),
     "hira": ({"variant": "hira"}, "HIRA"),
     "delora": ({"variant": "delora"}, "DELORA"),
 }  # fmt: skip
@@ -81,7 +85,7 @@ OTHER_ARRAYS = {"dora+olora", "lokr", "lokr, both", "boft"}
 def test_each_variant_is_written_as_what_it_is(name, tmp_path):
     """Its settings and its arrays come back, not its function alone."""
     settings, method = VARIANTS[name]
-    rank = {} if method in ("IA3", "OFT", "BOFT", "ROAD", "C3A") else {"rank": 2}
+    rank = {} if method in ("IA3", "OFT", "BOFT", "ROAD", "C3A", "FOURIERFT", "WAVEFT") else {"rank": 2}
     is_bare = name == "ia3" or method == "ROAD"
     state = {key: x for key, x in STATE.items() if not is_bare or not key.endswith("bias")}
     tree = wrapped(["q_proj"], state, **rank | settings)

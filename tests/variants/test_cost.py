@@ -100,6 +100,8 @@ SETTINGS = KERNEL_FREE | {
     "lora+milora": {"init": "milora"},
     "c3a": {"variant": "c3a"},
     "hira": {"variant": "hira"},
+    "waveft": {"variant": "waveft"},
+    "shira": {"variant": "shira"},
 }
 
 
@@ -166,7 +168,7 @@ def test_others_cost_at_most_what_lora_does(variant):
     assert ratio(variant, "lora") <= 1.01
 
 
-@pytest.mark.parametrize("variant", ["c3a", "hira"])
+@pytest.mark.parametrize("variant", ["c3a", "hira", "waveft", "shira"])
 def test_what_has_no_factors_costs_what_training_the_kernels_does(variant):
     """Three products with each kernel, but for the first one's inputs, which need no gradient."""
     product = 2 * TOKENS * WIDTH**2
@@ -211,6 +213,9 @@ def scanned(params, x):
         "gralora",
         "hira",
         "delora",
+        "fourierft",
+        "waveft",
+        "shira",
     ],
 )
 def test_the_chosen_layers_alone_have_parameters(variant):

@@ -19,6 +19,7 @@ from jax import lax
 
 import jlora
 from jlora.variants import VARIANTS
+from jlora.variants.dense import drawn
 from tests.support import evaluated, same_bits
 from tests.variants.cases import moved, noise
 
@@ -179,6 +180,42 @@ def gralora(p, held, node):
     return p["base"] + SCALE * (delta + (p["hybrid_a"] @ p["hybrid_b"] if "hybrid_a" in p else 0))
 
 
+def matrix_of(p, node):
+    """The coefficients, (outputs, inputs), at their places."""
+    whole = np.zeros(p["base"].T.shape)
+    whole[tuple(drawn(node.seed, whole.shape, len(p["spectrum"])))] = p["spectrum"]
+    return whole
+
+
+def fourierft(p, held, node):
+    return p["base"] + node.scaling * np.fft.ifft2(matrix_of(p, node)).real.T
+
+
+def waveft(p, held, node):
+    """Neighbours are a sum and a difference of two coefficients, of both axes.
+
+    PEFT's upper right band has the differences along the outputs, and its lower left one those along the inputs.
+    """
+    whole = matrix_of(p, node)
+    if node.wavelet:
+        rows, columns = (n // 2 for n in whole.shape)
+        right, left = whole[:rows, columns:].copy(), whole[rows:, :columns].copy()
+        of = lambda y, a, b: np.add(y, np.einsum("ij,p,q->ipjq", *(a, *b)).reshape(whole.shape))
+        sums, differences = np.array([1, 1]) / 2**0.5, np.array([1, -1]) / 2**0.5
+        made = of(0, whole[:rows, :columns], (sums, sums))
+        made = of(made, right, (differences, sums))
+        made = of(made, left, (sums, differences))
+        whole = of(made, whole[rows:, columns:], (differences, differences))
+    return p["base"] + node.scaling * whole.T
+
+
+def shira(p, held, node):
+    outputs, inputs = p["shira_places"].astype(int)
+    delta = np.zeros_like(p["base"])
+    delta[inputs, outputs] = p["shira_weight"]
+    return p["base"] + delta
+
+
 def hira(p, held, node):
     return p["base"] * (1 + p["hira_a"] @ p["hira_b"])
 
@@ -257,6 +294,7 @@ GRALORA = {"gralora_a": "batch . . . .", "gralora_b": "batch . . . ."}
 HYBRID = {"hybrid_a": "batch in .", "hybrid_b": "batch . out"}
 HIRA = {"hira_a": "batch in .", "hira_b": "batch . out"}
 DELORA = {"delora_a": "batch in .", "delora_b": "batch . out", "delora_lambda": "batch ."}
+SPECTRUM = {"spectrum": "batch ."}
 FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
 
 PRODUCTS = [name for name in TURNED if name != "conv"]
@@ -294,6 +332,10 @@ KINDS = {
     "c3a": kind(c3a, {"c3a_kernel": "batch . . ."}, variant="c3a", uses=PRODUCTS, std=1.0),
     "gralora": kind(gralora, GRALORA, variant="gralora"),
     "gralora+hybrid": kind(gralora, GRALORA | HYBRID, variant="gralora", options={"hybrid": 3, "k": 1}, uses=FEW),
+    "fourierft": kind(fourierft, SPECTRUM, variant="fourierft", uses=PRODUCTS, options={"frequencies": 9}),
+    "waveft": kind(waveft, SPECTRUM, variant="waveft", uses=PRODUCTS, options={"frequencies": 9, "scaling": 2}),
+    "waveft+entries": kind(waveft, SPECTRUM, variant="waveft", uses=FEW, options={"wavelet": False}),
+    "shira": kind(shira, {"shira_weight": "batch ."}, {"shira_places": "batch . ."}, variant="shira", uses=PRODUCTS),
     "hira": kind(hira, HIRA, variant="hira", uses=TURNED),
     "delora": kind(delora, DELORA, {"norms": "batch in"}, variant="delora"),
 }
