@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,18 @@ class Form:
         """The inverse of `read`; a tensor that is not there is not written."""
         del node
         return fields
+
+    def joined(
+        self, shared: Sequence[Mapping[str, np.ndarray]], sizes: Sequence[tuple[int, int]]
+    ) -> Mapping[str, np.ndarray]:
+        """The shared tensors of the file, of those of each module; empty: those of the largest, which has all.
+
+        Args:
+          shared: of each module.
+          sizes: of each, the numbers of outputs and of inputs.
+        """
+        del shared, sizes
+        return {}
 
     def class_of(self, cls: Any, spec: Any) -> Any:
         """The class of a module's node, where the settings tell which of several."""

@@ -56,6 +56,7 @@ class Filed:
       spec: the settings for this module, where it was read.
       settings: by PEFT's names, where it is to be written.
       shared: the tensors that all modules have in common, by their names.
+      sizes: the numbers of outputs and of inputs, where it is to be written.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -63,6 +64,7 @@ class Filed:
     spec: KernelSpec | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    sizes: tuple[int, int] = (0, 0)
 
     kind = LINEAR  # or a convolution, which its tensors do not tell
     magnitude = bias = None

@@ -86,6 +86,7 @@ def _fields(piece: Piece, part: Part, kind: str) -> dict[str, Any]:
     form, node = filed.form, filed.node
     assert filed.spec is not None
     sizes = {"in": math.prod(part.of("in")), "out": math.prod(part.of("out"))}
+    sizes |= {"least": min(sizes.values()), "most": max(sizes.values())}
     named = {}
     for tensor, x in {**filed.tensors, **filed.shared}.items():
         name, words = form.field(tensor)
@@ -183,7 +184,14 @@ def filed(name: str, slot: Slot, node: Any, arrays: Mapping[str, np.ndarray]) ->
     fields = form.write(made, node)
     tensors, shared = ({t: _placed(fields, node, form, t) for t in names} for names in (form.tensors, form.shared))
     there = lambda found: {t: x for t, x in found.items() if x is not None}
-    return Filed(there(tensors), type(node), None, form.settings_of(node), there(shared))
+    return Filed(
+        there(tensors),
+        type(node),
+        None,
+        form.settings_of(node),
+        there(shared),
+        (math.prod(part.of("out")), math.prod(part.of("in"))),
+    )
 
 
 def _placed(fields: Mapping[str, Any], node: Any, form: Form, tensor: str) -> np.ndarray | None:

@@ -115,7 +115,7 @@ def _adapter(file: TensorFile, config: Config) -> Adapter:
     roles: dict[str, Roles] = collections.defaultdict(dict)
     shared = _shared(file, config)
     for key in file:
-        if key in shared.values():
+        if key in shared.values() or _is_copy(file, key, shared):
             continue
         try:
             name, role = parse(key, config.form)
@@ -161,6 +161,14 @@ def _shared(file: TensorFile, config: Config) -> dict[str, str]:
     tensors = () if config.form is None else config.form.shared
     there = {*file}
     return {tensor: f"{SHARED}{tensor}" for tensor in tensors if f"{SHARED}{tensor}" in there}
+
+
+def _is_copy(file: TensorFile, key: str, shared: Mapping[str, str]) -> bool:
+    """Whether a tensor of a module is a copy of one that all have in common, as PEFT writes RandLoRA's."""
+    name = key.rpartition(".")[2]
+    if name in shared and not np.array_equal(file[key], file[shared[name]]):
+        raise ValueError(f"{file.path}: {key} is not {shared[name]}, of which it should be a copy")
+    return name in shared
 
 
 def _filed(file: TensorFile, name: str, keys: Roles, config: Config, shared: Mapping[str, np.ndarray]) -> Filed:

@@ -104,7 +104,10 @@ def _shared(adapter: Adapter) -> dict[str, np.ndarray]:
     Raises:
       ValueError: if that is not so.
     """
+    filed = [update for update in adapter.updates.values() if isinstance(update, Filed) and update.shared]
     found: dict[str, np.ndarray] = {}
+    if filed and (joined := filed[0].form.joined([of.shared for of in filed], [of.sizes for of in filed])):
+        return dict(joined)
     for update in adapter.updates.values():
         for tensor, x in getattr(update, "shared", {}).items():
             found[tensor] = _larger(tensor, found[tensor], x) if tensor in found else x

@@ -198,6 +198,12 @@ def _waveft(settings: Settings) -> dict[str, Any]:
     return _of_form("waveft")(settings)
 
 
+def _randlora(settings: Settings) -> dict[str, Any]:
+    settings.refuse_set(dict.fromkeys(("sparse", "very_sparse"), "the bases are drawn uniformly; leave it out"))
+    seed = settings.number("projection_prng_key", 0)
+    return _of_form("randlora")(settings) | {"options": {"seed": seed}}
+
+
 def _shira(settings: Settings) -> dict[str, Any]:
     if settings.get("mask_type", "random") != "random":
         settings.refuse("mask_type", "the places are drawn; give 'random'")
@@ -259,6 +265,7 @@ LORA = f"r lora_alpha lora_dropout bias init_lora_weights trainable_token_indice
 SCHEDULE = "target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"
 LYCORIS = f"r alpha init_weights rank_pattern alpha_pattern exclude_modules {LAYERS}"
 COMMON = f"init_weights bias exclude_modules {LAYERS}"
+BASES = "projection_prng_key save_projection sparse very_sparse"
 SPECTRUM = "n_frequency scaling random_loc_seed n_frequency_pattern"
 CAYLEY = "eps use_cayley_neumann num_cayley_neumann_terms"
 METHODS = {
@@ -280,5 +287,6 @@ METHODS = {
     "FOURIERFT": Method(_of_form("fourierft"), f"{SPECTRUM} {COMMON}"),
     "WAVEFT": Method(_waveft, f"wavelet_family use_idwt {SPECTRUM} {COMMON}"),
     "SHIRA": Method(_shira, "r mask_type random_seed init_weights"),
+    "RANDLORA": Method(_randlora, f"r randlora_alpha randlora_dropout {BASES} {COMMON}"),
     "DELORA": Method(_of_form("delora"), f"r delora_lambda rank_pattern {COMMON}"),
 }

@@ -26,6 +26,7 @@ from jlora.variants.lora import LoraParam
 from jlora.variants.lora_fa import LoraFaParam
 from jlora.variants.miss import MissParam
 from jlora.variants.oft import BoftParam, OftParam
+from jlora.variants.randlora import RandLoraParam
 from jlora.variants.road import RoadParam
 from jlora.variants.shira import ShiraParam
 from jlora.variants.vera import VeraParam
@@ -53,6 +54,7 @@ VARIANTS: dict[str, type[AdaptedParam]] = {
     "fourierft": FourierFtParam,
     "waveft": WaveFtParam,
     "shira": ShiraParam,
+    "randlora": RandLoraParam,
 }
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "FourierFtParam",
     "WaveFtParam",
     "ShiraParam",
+    "RandLoraParam",
     "DoraParam",
     "Factored",
     "HraParam",

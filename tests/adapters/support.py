@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gralora": {"variant": "gralora", "rank": 2},
     "fourierft": {"variant": "fourierft", "options": {"frequencies": 5}},
     "shira": {"variant": "shira", "rank": 1},
+    "randlora": {"variant": "randlora", "rank": 2},
     "hira": {"variant": "hira", "rank": 2},
     "delora": {"variant": "delora", "rank": 2},
     "road": {"variant": "road", "options": {"group_size": 2}},
@@ -84,6 +85,7 @@ WITHOUT_RANK = (
     "delora",
     "fourierft",
     "shira",
+    "randlora",
 )  # or with the same for all
 WITHOUT_SUMS = ("oft", "boft", "road", "c3a", "hira", "shira", "fourierft")
 

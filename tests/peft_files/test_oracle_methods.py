@@ -48,6 +48,8 @@ METHODS = {
     "waveft": ("WaveFTConfig", {"n_frequency": 40, "scaling": 3.0, "n_frequency_pattern": {"k_proj": 20}}),
     "waveft, entries": ("WaveFTConfig", {"n_frequency": 40, "scaling": 3.0, "use_idwt": False, "random_loc_seed": 5}),
     "shira": ("ShiraConfig", {"r": 2}),
+    "randlora": ("RandLoraConfig", {"r": 4, "randlora_alpha": 6, "target_modules": [*T, "up_proj"]}),
+    "randlora, sparse": ("RandLoraConfig", {"r": 3, "randlora_alpha": 6, "sparse": True}),
     "hira": ("HiraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}}),
     "delora": ("DeloraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}, "lambda_pattern": {"k_proj": 5}}),
 }

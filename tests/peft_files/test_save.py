@@ -72,6 +72,8 @@ VARIANTS = {
     "waveft": ({"variant": "waveft"}, "WAVEFT"),
     "waveft, entries": ({"variant": "waveft", "options": {"frequencies": 9, "wavelet": False}}, "WAVEFT"),
     "shira": ({"variant": "shira"}, "SHIRA"),
+    "randlora": ({"variant": "randlora"}, "RANDLORA"),
+    "randlora, a rest": ({"variant": "randlora", "rank": 3}, "RANDLORA"),
     "hira": ({"variant": "hira"}, "HIRA"),
     "delora": ({"variant": "delora"}, "DELORA"),
 }  # fmt: skip

@@ -304,6 +304,7 @@ METHODS = {
     "WAVEFT": ({"n_frequency": 5, "use_idwt": False, "wavelet_family": "db1"},
                {"options": {"frequencies": 5, "scaling": 25.0, "seed": 777, "wavelet": False}}),
     "SHIRA": ({"r": 2, "random_seed": 3}, {"rank": 2, "options": {"seed": 3}}),
+    "RANDLORA": ({"r": 2, "projection_prng_key": 3}, {"rank": 2, "alpha": 640, "options": {"seed": 3}}),
     "GRALORA": ({"r": 2, "hybrid_r": 2, "alpha": 6},
                 {"rank": 2, "scaling": 1.5, "options": {"k": 2, "hybrid": 2}}),
     "HIRA": ({"r": 2, "rank_pattern": {"q": 3}}, {"variant": "hira", "rank": 2}),
@@ -404,6 +405,7 @@ REFUSED = {
     "wavelet": ({"peft_type": "WAVEFT", "wavelet_family": "db2"}, "give 'db1'"),
     "coefficients": ({"peft_type": "WAVEFT", "proportional_parameters": True}, "give n_frequency_pattern"),
     "mask": ({"peft_type": "SHIRA", "mask_type": "mine"}, "give 'random'"),
+    "sparse bases": ({"peft_type": "RANDLORA", "sparse": True}, "drawn uniformly"),
     "road bias": ({"peft_type": "ROAD", "bias": "all"}, "knows no setting 'bias'"),
     "boft blocks": ({"peft_type": "BOFT", "boft_block_num": 4}, "give boft_block_size"),
 }  # fmt: skip

@@ -131,7 +131,7 @@ KINDS = (*VARIANTS, "own", *(f"lora+{init}" for init in INITS), "dora+pissa", "l
 
 # A rotation of the vocabulary would need every row for each token; nothing turns what a lookup gives.
 UNSUPPORTED = {(kind, use) for kind in ("oft", "boft", "road") for use in ("embedding", "tied", "ragged")}
-SPARSE = ("c3a", "fourierft", "waveft", "shira")
+SPARSE = ("c3a", "fourierft", "waveft", "shira", "randlora")
 UNSUPPORTED |= {("hira", use) for use in ("embedding", "tied")}  # the whole table would be computed for each lookup
 UNSUPPORTED |= {(kind, use) for kind in SPARSE for use in ("embedding", "tied", "ragged", "conv")}
 # The kernel is computed, at the cost of a merged one, and the warning says so: none of these is unsupported.

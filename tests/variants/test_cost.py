@@ -101,6 +101,7 @@ SETTINGS = KERNEL_FREE | {
     "c3a": {"variant": "c3a"},
     "hira": {"variant": "hira"},
     "waveft": {"variant": "waveft"},
+    "randlora": {"variant": "randlora"},
     "shira": {"variant": "shira"},
 }
 
@@ -175,6 +176,10 @@ def test_what_has_no_factors_costs_what_training_the_kernels_does(variant):
     assert (3 * DEPTH - 1) * product <= flops(step_of(variant)) <= 1.05 * (3 * DEPTH - 1) * product
 
 
+def test_randlora_costs_at_most_four_times_what_lora_does():
+    assert 3 <= ratio("randlora", "lora of rank 4") <= 4
+
+
 def test_gralora_costs_what_lora_of_twice_its_rank_does():
     assert ratio("gralora", "lora of rank 32") <= 1.02
 
@@ -216,6 +221,7 @@ def scanned(params, x):
         "fourierft",
         "waveft",
         "shira",
+        "randlora",
     ],
 )
 def test_the_chosen_layers_alone_have_parameters(variant):

@@ -216,6 +216,15 @@ def shira(p, held, node):
     return p["base"] + delta
 
 
+def randlora(p, held, node):
+    """Its ranks are counted by r and n on the side of A, and by n and r on that of B."""
+    small = np.stack([d * a * p["randlora_gamma"][n] for ds, a in zip(p["randlora_lambda"], p["bases_a"], strict=True)
+                      for n, d in enumerate(ds)])  # fmt: skip
+    large = p["bases_b"].reshape(len(p["bases_b"]), -1)
+    ins, outs = p["base"].shape
+    return p["base"] + SCALE * ((large @ small).T if ins <= outs else large @ small)
+
+
 def hira(p, held, node):
     return p["base"] * (1 + p["hira_a"] @ p["hira_b"])
 
@@ -295,6 +304,8 @@ HYBRID = {"hybrid_a": "batch in .", "hybrid_b": "batch . out"}
 HIRA = {"hira_a": "batch in .", "hira_b": "batch . out"}
 DELORA = {"delora_a": "batch in .", "delora_b": "batch . out", "delora_lambda": "batch ."}
 SPECTRUM = {"spectrum": "batch ."}
+RANDLORA = {"randlora_lambda": "batch . .", "randlora_gamma": "batch . ."}
+BASES = {"bases_a": ". .", "bases_b": ". . ."}
 FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
 
 PRODUCTS = [name for name in TURNED if name != "conv"]
@@ -336,6 +347,7 @@ KINDS = {
     "waveft": kind(waveft, SPECTRUM, variant="waveft", uses=PRODUCTS, options={"frequencies": 9, "scaling": 2}),
     "waveft+entries": kind(waveft, SPECTRUM, variant="waveft", uses=FEW, options={"wavelet": False}),
     "shira": kind(shira, {"shira_weight": "batch ."}, {"shira_places": "batch . ."}, variant="shira", uses=PRODUCTS),
+    "randlora": kind(randlora, RANDLORA, BASES, variant="randlora", uses=PRODUCTS),
     "hira": kind(hira, HIRA, variant="hira", uses=TURNED),
     "delora": kind(delora, DELORA, {"norms": "batch in"}, variant="delora"),
 }

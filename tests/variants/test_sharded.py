@@ -130,7 +130,7 @@ def on_mesh(mode, mesh, model, specs):
     return run
 
 
-WHOLE = ("hra", "road", "c3a", "gralora", "fourierft", "waveft", "shira")
+WHOLE = ("hra", "road", "c3a", "gralora", "fourierft", "waveft", "shira", "randlora")
 # A rotation, or a Kronecker product, is of the whole kernel.
 REFUSED = {(kind, "manual, apply inside") for kind in ("oft", "boft", "lokr", *WHOLE)}
 
