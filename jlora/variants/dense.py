@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.factors.mersenne import Generator
 from jlora.interpret.manual import check_whole
 from jlora.interpret.products import wide
 from jlora.interpret.quantised import array_of, codes_of
@@ -60,10 +61,5 @@ def drawn(seed: int, shape: tuple[int, int], count: int) -> np.ndarray:
       array([[1, 0, 0],
              [2, 0, 1]])
     """
-    draws = np.frombuffer(np.random.RandomState(seed % 2**32).bytes(4 * count), "<u4").tolist()
-    total, moved, found = math.prod(shape), {}, []
-    for i, draw in enumerate(draws):
-        at = i + draw % (total - i)
-        found.append(moved.get(at, at))
-        moved[at] = moved.get(i, i)
-    return np.stack(np.divmod(np.asarray(found, np.int64), shape[1]))
+    first = Generator(seed).permutation(math.prod(shape), count)
+    return np.stack(np.divmod(first, shape[1]))
