@@ -17,6 +17,7 @@ from jax import lax
 
 from jlora.interpret.compat import is_traced
 from jlora.interpret.factored import Factored
+from jlora.interpret.products import wide
 from jlora.nodes import qarray
 from jlora.nodes.node import TrainableParam
 
@@ -130,10 +131,23 @@ def _fold(base: Any, rest: Any, dtype: Any, is_measured: bool = False) -> tuple[
     if qarray.is_qarray(base):
         base = qarray.dense(base, jnp.float32)
     value = dataclasses.replace(rest, base=base).effective("", None)
-    if not isinstance(value, Factored):
+    if isinstance(value, Factored):
+        merged = value.dense(dtype)
+        return merged, _loss(value, merged) if is_measured or jnp.finfo(merged.dtype).bits < 32 else None
+    if getattr(rest, "axes", None) is None:  # no kernel
         return value, None
-    merged = value.dense(dtype)
-    return merged, _loss(value, merged) if is_measured or jnp.finfo(merged.dtype).bits < 32 else None
+    exact = dataclasses.replace(rest, base=base.astype(wide(base.dtype))).effective("", None)
+    merged = exact.astype(dtype or base.dtype)
+    return merged, _loss_of(base, exact, merged) if is_measured or jnp.finfo(merged.dtype).bits < 32 else None
+
+
+def _loss_of(base: jax.Array, exact: jax.Array, merged: jax.Array) -> Loss:
+    """As `_loss`, of a kernel that is computed as it is."""
+    made, rounded = (lax.optimization_barrier(x).astype(exact.dtype) for x in (merged, base.astype(merged.dtype)))
+    update, square = exact - base.astype(exact.dtype), lambda x: jnp.sum(x * x)
+    outside = jnp.sum(~jnp.isfinite(merged) & jnp.isfinite(base), dtype=jnp.int32)
+    largest = jnp.max(jnp.where(jnp.isfinite(exact), jnp.abs(exact), 0))
+    return Loss(square(update), square(made - rounded - update), outside, largest)
 
 
 def _loss(value: Factored, merged: jax.Array) -> Loss:

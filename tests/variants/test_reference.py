@@ -554,6 +554,19 @@ def trained(params, use, tx):
     return params, seen
 
 
+@pytest.mark.parametrize("variant", ["shira", "c3a", "hira"])
+def test_what_is_computed_as_it_is_merges_into_any_type(variant):
+    """In float32, of a base of 16 bits too; what is lost in these is told."""
+    params = {"kernel": noise(IN, OUT).astype(jnp.bfloat16)}
+    rank = {"rank": 1} if variant != "c3a" else {}
+    tree = moved(jlora.wrap(params, jlora.LoraSpec(variant=variant, **rank)), 1e-4)
+    wide = jlora.merge(jax.tree.map(lambda x: x.astype(jnp.float32), tree))["kernel"]
+    np.testing.assert_array_equal(jlora.merge(tree, dtype=jnp.float32)["kernel"], wide)
+    with pytest.warns(jlora.MergePrecisionWarning, match="loses"):
+        assert jlora.merge(tree)["kernel"].dtype == jnp.bfloat16
+    assert jlora.merge_error(tree).lost["kernel"] > 0.25
+
+
 def test_orthogonal_reflections_are_one_projection():
     """W - 2 Q Q^T W, whatever the order of the vectors."""
     base, u = noise(IN, OUT), noise(IN, 3)
