@@ -1,10 +1,10 @@
 """LoRA on quantised bases against LoRA on the float32 one: memory, time and held-out perplexity of a real fine-tune.
 
-    python benchmarks/qlora.py                          every base that the file of results lacks
-    python benchmarks/qlora.py --rows dense nf4         these
-    python benchmarks/qlora.py --rows dense "nf4, QPiSSA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
-    python benchmarks/qlora.py --rows                   prints the table of what is there
-    python benchmarks/qlora.py --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
+    python -m benchmarks.qlora                          every base that the file of results lacks
+    python -m benchmarks.qlora --rows dense nf4         these
+    python -m benchmarks.qlora --rows dense "nf4, QPiSSA" --steps 160 --rank 16 --json benchmarks/qlora_long.json
+    python -m benchmarks.qlora --rows                   prints the table of what is there
+    python -m benchmarks.qlora --rows --noise 0.0935    and the perplexity with noise of this size on dense kernels
 
 SmolLM2-135M-Instruct learns from Hamlet by the functions of `jlora.examples.hamlet`: the same windows, order of
 batches, first adapters and held-out windows for every base. Each base's results are written when it is done. A step is
@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import interleaved
 
 import jlora
+from benchmarks.step_time import interleaved
 from jlora.examples import hamlet
 from jlora.examples.fetch import HAMLET, SMOLLM2, fetch
 from jlora.examples.smollm2 import PRETRAINED, load_params, load_tokenizer, perplexity
