@@ -27,6 +27,7 @@ _UNSAID = {
     "SHIRA": "mask_type random_seed",
     "WAVEFT": "proportional_parameters",
     "RANDLORA": "projection_prng_key sparse very_sparse",
+    "PVERA": "generator_seed",
     "DELORA": "delora_lambda lambda_pattern",
 }
 _STARTS = "init_weights init_lora_weights init_ia3_weights init_logits_std init_vector_bank_bound task_type"

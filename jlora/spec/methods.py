@@ -192,6 +192,12 @@ def _patterned(settings: Settings, form: Any, options: Mapping[str, Any]) -> dic
     return {"overrides": made} if made else {}
 
 
+def _pvera(settings: Settings) -> dict[str, Any]:
+    settings.refuse_set({"sample_at_inference": "the means are taken; leave it out"})
+    d_initial, seed = settings.number("d_initial", 0.1), settings.number("projection_prng_key", 0)
+    return _of_form("pvera")(settings) | {"options": {"d_initial": d_initial, "projection_seed": seed}}
+
+
 def _waveft(settings: Settings) -> dict[str, Any]:
     if settings.get("wavelet_family", "db1") not in ("db1", "haar"):
         settings.refuse("wavelet_family", "the one of two numbers is implemented; give 'db1'")
@@ -265,6 +271,7 @@ LORA = f"r lora_alpha lora_dropout bias init_lora_weights trainable_token_indice
 SCHEDULE = "target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step"
 LYCORIS = f"r alpha init_weights rank_pattern alpha_pattern exclude_modules {LAYERS}"
 COMMON = f"init_weights bias exclude_modules {LAYERS}"
+PVERA = "projection_prng_key save_projection sample_at_inference generator_seed"
 BASES = "projection_prng_key save_projection sparse very_sparse"
 SPECTRUM = "n_frequency scaling random_loc_seed n_frequency_pattern"
 CAYLEY = "eps use_cayley_neumann num_cayley_neumann_terms"
@@ -288,5 +295,6 @@ METHODS = {
     "WAVEFT": Method(_waveft, f"wavelet_family use_idwt {SPECTRUM} {COMMON}"),
     "SHIRA": Method(_shira, "r mask_type random_seed init_weights"),
     "RANDLORA": Method(_randlora, f"r randlora_alpha randlora_dropout {BASES} {COMMON}"),
+    "PVERA": Method(_pvera, f"r pvera_dropout d_initial {PVERA} {COMMON}"),
     "DELORA": Method(_of_form("delora"), f"r delora_lambda rank_pattern {COMMON}"),
 }

@@ -26,6 +26,7 @@ from jlora.variants.lora import LoraParam
 from jlora.variants.lora_fa import LoraFaParam
 from jlora.variants.miss import MissParam
 from jlora.variants.oft import BoftParam, OftParam
+from jlora.variants.pvera import PveraParam
 from jlora.variants.randlora import RandLoraParam
 from jlora.variants.road import RoadParam
 from jlora.variants.shira import ShiraParam
@@ -55,6 +56,7 @@ VARIANTS: dict[str, type[AdaptedParam]] = {
     "waveft": WaveFtParam,
     "shira": ShiraParam,
     "randlora": RandLoraParam,
+    "pvera": PveraParam,
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "FourierFtParam",
     "WaveFtParam",
     "ShiraParam",
+    "PveraParam",
     "RandLoraParam",
     "DoraParam",
     "Factored",

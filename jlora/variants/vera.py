@@ -82,7 +82,7 @@ class VeraParam(AdaptedParam):
         if not isinstance(kernel.option("d_initial"), (int, float)):
             kernel.refuse("options['d_initial']", "it is a number", kernel.option("d_initial"))
         keys = jax.random.split(jax.random.key(kernel.option("projection_seed")))
-        vera_a, vera_b = _rows(keys[0], kernel.size("in"), rank), _rows(keys[1], kernel.size("out"), rank).T
+        vera_a, vera_b = rows_of(keys[0], kernel.size("in"), rank), rows_of(keys[1], kernel.size("out"), rank).T
         return cls(
             base,
             (vera_a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in rank", rank=rank)),
@@ -105,6 +105,6 @@ class VeraParam(AdaptedParam):
         return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
 
 
-def _rows(key: jax.Array, count: int, rank: int) -> jax.Array:
+def rows_of(key: jax.Array, count: int, rank: int) -> jax.Array:
     """`count` rows of uniform noise, each from its own key."""
     return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (rank,), minval=-1.0))(jnp.arange(count))

@@ -50,6 +50,7 @@ METHODS = {
     "shira": ("ShiraConfig", {"r": 2}),
     "randlora": ("RandLoraConfig", {"r": 4, "randlora_alpha": 6, "target_modules": [*T, "up_proj"]}),
     "randlora, sparse": ("RandLoraConfig", {"r": 3, "randlora_alpha": 6, "sparse": True}),
+    "pvera": ("PveraConfig", {"r": 4, "target_modules": ["q_proj", "up_proj"]}),
     "hira": ("HiraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}}),
     "delora": ("DeloraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}, "lambda_pattern": {"k_proj": 5}}),
 }

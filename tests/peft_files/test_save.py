@@ -74,6 +74,7 @@ VARIANTS = {
     "shira": ({"variant": "shira"}, "SHIRA"),
     "randlora": ({"variant": "randlora"}, "RANDLORA"),
     "randlora, a rest": ({"variant": "randlora", "rank": 3}, "RANDLORA"),
+    "pvera": ({"variant": "pvera"}, "PVERA"),
     "hira": ({"variant": "hira"}, "HIRA"),
     "delora": ({"variant": "delora"}, "DELORA"),
 }  # fmt: skip

@@ -305,6 +305,7 @@ METHODS = {
                {"options": {"frequencies": 5, "scaling": 25.0, "seed": 777, "wavelet": False}}),
     "SHIRA": ({"r": 2, "random_seed": 3}, {"rank": 2, "options": {"seed": 3}}),
     "RANDLORA": ({"r": 2, "projection_prng_key": 3}, {"rank": 2, "alpha": 640, "options": {"seed": 3}}),
+    "PVERA": ({"r": 2, "d_initial": 0.2}, {"rank": 2, "options": {"d_initial": 0.2, "projection_seed": 0}}),
     "GRALORA": ({"r": 2, "hybrid_r": 2, "alpha": 6},
                 {"rank": 2, "scaling": 1.5, "options": {"k": 2, "hybrid": 2}}),
     "HIRA": ({"r": 2, "rank_pattern": {"q": 3}}, {"variant": "hira", "rank": 2}),
@@ -406,6 +407,7 @@ REFUSED = {
     "coefficients": ({"peft_type": "WAVEFT", "proportional_parameters": True}, "give n_frequency_pattern"),
     "mask": ({"peft_type": "SHIRA", "mask_type": "mine"}, "give 'random'"),
     "sparse bases": ({"peft_type": "RANDLORA", "sparse": True}, "drawn uniformly"),
+    "samples": ({"peft_type": "PVERA", "sample_at_inference": True}, "the means are taken"),
     "road bias": ({"peft_type": "ROAD", "bias": "all"}, "knows no setting 'bias'"),
     "boft blocks": ({"peft_type": "BOFT", "boft_block_num": 4}, "give boft_block_size"),
 }  # fmt: skip

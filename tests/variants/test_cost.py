@@ -89,6 +89,7 @@ KERNEL_FREE = {
     "miss": {"variant": "miss"},
     "hra": {"variant": "hra"},
     "road": {"variant": "road"},
+    "pvera": {"variant": "pvera"},
     "gralora": {"variant": "gralora"},
     "delora": {"variant": "delora"},
 }
@@ -222,6 +223,7 @@ def scanned(params, x):
         "waveft",
         "shira",
         "randlora",
+        "pvera",
     ],
 )
 def test_the_chosen_layers_alone_have_parameters(variant):

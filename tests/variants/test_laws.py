@@ -24,7 +24,7 @@ USES["ia3+in"] = tuple(CASES)
 PAIRS = {(kind, use) for kind in KINDS for use in USES[kind]} - UNSUPPORTED
 # B is zero, or another factor is: nothing is added. The others start from W up to rounding.
 EXACT = {"lora", "lora_fa", "vera", "adalora", "loha", "lokr", "own", "ia3", "ia3+in", "lora+layers"}
-EXACT |= {"miss", "road", "c3a", "gralora", "hira", "delora", "fourierft", "waveft", "shira", "randlora"}
+EXACT |= {"miss", "road", "c3a", "gralora", "hira", "delora", "fourierft", "waveft", "shira", "randlora", "pvera"}
 EXACT |= {"lora+pissa", "lora+pissa_niter_8", "lora+olora", "lora+milora", "lora_fa+olora"}
 EXACT_USES = [("lora", use) for use in ("conv", "embedding", "expert", "multi_axis", "ragged", "tied")]
 
@@ -45,6 +45,7 @@ OTHERS = [
     ("hra", "stacked"),
     ("road", "multi_axis"),
     ("c3a", "multi_axis"),
+    ("pvera", "multi_axis"),
     ("randlora", "multi_axis"),
     ("fourierft", "multi_axis"),
     ("waveft", "out_in"),

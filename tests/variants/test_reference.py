@@ -225,6 +225,13 @@ def randlora(p, held, node):
     return p["base"] + SCALE * ((large @ small).T if ins <= outs else large @ small)
 
 
+def pvera(p, held, node):
+    """The means alone."""
+    half = len(p["pvera_b"])
+    a, d = p["pvera_a"][:, :half], p["lambda_d"][:half]
+    return p["base"] + a @ np.diag(d) @ p["pvera_b"] @ np.diag(p["lambda_b"])
+
+
 def hira(p, held, node):
     return p["base"] * (1 + p["hira_a"] @ p["hira_b"])
 
@@ -306,6 +313,7 @@ DELORA = {"delora_a": "batch in .", "delora_b": "batch . out", "delora_lambda": 
 SPECTRUM = {"spectrum": "batch ."}
 RANDLORA = {"randlora_lambda": "batch . .", "randlora_gamma": "batch . ."}
 BASES = {"bases_a": ". .", "bases_b": ". . ."}
+PVERA = {"pvera_a": "in .", "pvera_b": ". out"}
 FEW, TURNED = ["dense", "heads", "some_layers"], [name for name in USES if name != "embedding"]
 
 PRODUCTS = [name for name in TURNED if name != "conv"]
@@ -348,6 +356,7 @@ KINDS = {
     "waveft+entries": kind(waveft, SPECTRUM, variant="waveft", uses=FEW, options={"wavelet": False}),
     "shira": kind(shira, {"shira_weight": "batch ."}, {"shira_places": "batch . ."}, variant="shira", uses=PRODUCTS),
     "randlora": kind(randlora, RANDLORA, BASES, variant="randlora", uses=PRODUCTS),
+    "pvera": kind(pvera, {"lambda_d": "batch .", "lambda_b": "batch out"}, PVERA, variant="pvera", std=1.0),
     "hira": kind(hira, HIRA, variant="hira", uses=TURNED),
     "delora": kind(delora, DELORA, {"norms": "batch in"}, variant="delora"),
 }

@@ -1,0 +1,106 @@
+"""pVeRA: VeRA whose inner activations have a variance, which PEFT samples in training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlora.interpret.factored import Factored, low_rank
+from jlora.nodes.axes import Axes
+from jlora.nodes.fields import frozen, static, trained
+from jlora.nodes.form import Form
+from jlora.nodes.kernel import Kernel
+from jlora.nodes.node import AdaptedParam
+from jlora.variants.vera import rows_of
+
+
+class _Form(Form):
+    """The vectors of the means and of the variances are one in the file, and so are the columns of A."""
+
+    def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
+        if not {"pvera_a", "pvera_b"} <= {*fields}:
+            raise ValueError("peft.load: the file lacks pVeRA's A and B; save it in PEFT with save_projection=True")
+        shapes = fields["pvera_a"].shape[1], fields["lambda_d"].shape[0], 2 * fields["pvera_b"].shape[0]
+        if {*shapes} != {2 * spec.rank}:
+            raise ValueError(f"peft.load: pVeRA has ranks {shapes}, twice each; by its settings r is {spec.rank}")
+        return fields
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PveraParam(AdaptedParam):
+    """``W + A diag(d) B diag(b)`` of the first half of A and d: pVeRA at inference, where PEFT takes the means.
+
+    In PEFT's training the other half gives variances, and ``x A diag(d)`` is sampled; that is no kernel, so that it is
+    not done here: training moves the means alone, as VeRA does, and the variances stay in PEFT's files as they were.
+
+    Args:
+      base, axes, dropout, layers: as in `jlora.LoraParam`.
+      pvera_a: A, of shape (in..., 2 r), frozen, as in `VeraParam`.
+      pvera_b: B, of shape (r, out...), frozen, likewise.
+      lambda_d: d, of shape (batch..., 2 r), trained.
+      lambda_b: b, of shape (batch..., out...), trained; zero at the start.
+
+    Example:
+      >>> import jax.numpy as jnp, jlora
+      >>> node = jlora.wrap({"kernel": jnp.ones((4, 3))}, jlora.LoraSpec(variant="pvera", rank=2))["kernel"]
+      >>> node.pvera_a.shape, node.pvera_b.shape, node.lambda_d.shape
+      ((4, 4), (2, 3), (4,))
+
+    References:
+      Fillioux et al., "pVeRA: Probabilistic Vector-Based Random Matrix Adaptation", arXiv:2512.07703.
+    """
+
+    SETTINGS = ("rank", "dropout")
+    OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
+    LINEAR = ("lambda_b",)
+    FORM = _Form(
+        "PVERA",
+        {"pvera_lambda_b": "lambda_b: out", "pvera_lambda_d": "lambda_d: both"},
+        {"r": ("rank", 256), "pvera_dropout": ("dropout", 0.0)},
+        fixed={"save_projection": True},
+        shared={"pvera_A": "pvera_a: both in", "pvera_B": "pvera_b: out half"},
+        bias="pvera_only",
+    )
+
+    base: Any = frozen()
+    pvera_a: Any = frozen("in both")
+    pvera_b: Any = frozen("half out")
+    lambda_d: Any = trained("batch both")
+    lambda_b: Any = trained("batch out")
+    axes: Axes = static()
+    dropout: float = static(default=0.0)
+    layers: tuple[int, ...] | None = static(default=None)
+
+    @classmethod
+    def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> PveraParam:
+        del key
+        rank, dtype, start, seed = kernel.spec.rank, kernel.dtype, *map(kernel.option, ("d_initial", "projection_seed"))
+        if type(seed) is not int or not isinstance(start, (int, float)):
+            kernel.refuse("options", "projection_seed is an integer, and d_initial a number", dict(kernel.spec.options))
+        keys = jax.random.split(jax.random.key(seed))
+        a, b = rows_of(keys[0], kernel.size("in"), 2 * rank), rows_of(keys[1], kernel.size("out"), rank).T
+        return cls(
+            base,
+            (a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in both", both=2 * rank)),
+            (b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("half out", half=rank)),
+            jnp.full(kernel.sizes("batch both", both=2 * rank), start, dtype),
+            jnp.zeros(kernel.sizes("batch out"), dtype),
+            dropout=kernel.spec.dropout,
+            **kernel.place,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"rank": self.lambda_d.shape[-1] // 2}
+
+    def effective(self, name: str, key: jax.Array | None) -> Factored:
+        n, rank = len(self.axes.batch_axis), self.lambda_d.shape[-1] // 2
+        d = jnp.expand_dims(self.lambda_d[..., :rank], [n + 1 + i for i in range(len(self.axes.out_axis))])
+        b = self.pvera_b * d * jnp.expand_dims(self.lambda_b, n)
+        factors = self.laid(self.pvera_a[..., :rank], "in rank"), self.laid(b, "batch rank out")
+        return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
