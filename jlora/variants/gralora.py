@@ -37,8 +37,8 @@ class _Form(Form):
         return {**fields, "gralora_a": a.reshape(*a.shape[:2], -1), "gralora_b": b.reshape(len(b), -1, b.shape[3])}
 
     def sizes(self, tensors: Mapping[str, Any]) -> tuple[int | None, int | None]:
-        a, b = tensors["gralora_A"].shape, tensors["gralora_B"].shape
-        return a[0] * a[1], b[0] * b[2]
+        a, b = (tensors[name].shape if name in tensors else None for name in ("gralora_A", "gralora_B"))
+        return a and a[0] * a[1], b and b[0] * b[2]
 
     def settings_of(self, node: Any) -> dict[str, Any]:
         rank, hybrid, k = node.ranks

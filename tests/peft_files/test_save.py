@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 import jlora
 from jlora.peft import tensors
@@ -273,3 +274,31 @@ def test_a_target_is_no_end_of_a_module_that_holds_others(tmp_path):
     jlora.peft.save(tmp_path, tree)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["attn.to_out.0"]
     assert_same(merged(jlora.peft.load(tmp_path, nested(state))), merged(tree))
+
+
+def _file_without(directory, settings, change):
+    """The file of an adapter, with its tensors changed."""
+    rank = {} if settings["variant"] == "fourierft" else {"rank": 2}
+    jlora.peft.save(directory, wrapped(["q_proj"], **rank | settings))
+    path = directory / "adapter_model.safetensors"
+    file = TensorFile(path)
+    metadata, arrays = dict(file.metadata), {name: np.array(file[name]) for name in file}
+    save_file(change(arrays), path, metadata)
+
+
+BROKEN = {
+    "randlora": (lambda of: {n: x for n, x in of.items() if "_B" not in n}, "lacks RandLoRA's bases"),
+    "pvera": (lambda of: {n: x for n, x in of.items() if "pvera_A" not in n}, "lacks pVeRA's A and B"),
+    "shira": (lambda of: {n: x + 8 if "indices" in n else x for n, x in of.items()}, "values for places that"),
+    "fourierft": (lambda of: {n: np.tile(x, 2) for n, x in of.items()}, "has 64 numbers, and 128 coefficients"),
+    "miss": (lambda of: {n: x[:, :3] for n, x in of.items()}, "size"),
+    "gralora": (lambda of: {n: x for n, x in of.items() if "gralora_A" not in n}, "they come in pairs"),
+}
+
+
+@pytest.mark.parametrize("variant", BROKEN)
+def test_files_that_are_not_whole_are_refused(variant, tmp_path):
+    change, message = BROKEN[variant]
+    _file_without(tmp_path, {"variant": variant}, change)
+    with pytest.raises(ValueError, match=message):
+        jlora.peft.load(tmp_path, nested(STATE))
