@@ -66,17 +66,30 @@ class Form:
         del node
         return fields
 
+    def alike(
+        self, own: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray], whole: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray] | None:
+        """A module's own tensors, beside the file's shared ones in place of the module's; None: these are others.
+
+        Args:
+          own: of the module.
+          shared: of the module.
+          whole: of the file, as `joined` returns them.
+        """
+        same = all(np.array_equal(x, beginning(whole[name], x)) for name, x in shared.items())
+        return own if same else None
+
     def joined(
         self, shared: Sequence[Mapping[str, np.ndarray]], sizes: Sequence[tuple[int, int]]
     ) -> Mapping[str, np.ndarray]:
-        """The shared tensors of the file, of those of each module; empty: those of the largest, which has all.
+        """The shared tensors of the file, of those of each module: the largest of each.
 
         Args:
           shared: of each module.
           sizes: of each, the numbers of outputs and of inputs.
         """
-        del shared, sizes
-        return {}
+        del sizes
+        return {name: max((of[name] for of in shared), key=np.size) for name in shared[0]}
 
     def class_of(self, cls: Any, spec: Any) -> Any:
         """The class of a module's node, where the settings tell which of several."""
@@ -126,6 +139,11 @@ class Form:
     def together(self, settings: Mapping[str, dict[str, Any]]) -> Mapping[str, dict[str, Any]]:
         """The settings of all modules, by name, where they depend on each other."""
         return settings
+
+
+def beginning(x: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """As much of an array as another has, along each axis."""
+    return x[tuple(map(slice, of.shape))]
 
 
 def plain_number(x: float) -> float:

@@ -111,11 +111,15 @@ class Adapter:
     def is_dora(self) -> bool:
         return any(update.magnitude is not None for update in self.updates.values())
 
+    @property
+    def shared(self) -> Mapping[str, np.ndarray]:
+        """The tensors that all modules have in common."""
+        return getattr(next(iter(self.updates.values()), None), "shared", {})
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """All arrays that were trained, each with a name for messages."""
         for name, update in self.updates.items():
             yield from ((f"{part} of {name}", x) for part, x in update.arrays.items())
-        if self.form is not None and self.updates:
-            yield from next(iter(self.updates.values())).shared.items()
+        yield from self.shared.items()
         yield from self.full.items()
         yield from ((f"rows of {name}", rows) for name, (_, rows) in self.tokens.items())

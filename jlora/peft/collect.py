@@ -84,10 +84,11 @@ def collect(tree: Any, names: str | Sequence[Entry] | None = None, *, as_lora: b
     others = (TrainableParam, LoraBiasParam, GainedBiasParam, TokensParam)
     kernels = {path: node for path, node in nodes.items() if not isinstance(node, others)}
     form = None if as_lora else _form(kernels, places)
-    adapted: Iterator[Any] = _filed(kernels, places) if form is not None else _updates(kernels, places)
-    found = dict(adapted)
-    _check_gains(of(GainedBiasParam), found, slots, places)
-    updates = _with_biases(found, dict(_biases(of(LoraBiasParam), places)))
+    filed = None if form is None else fielded.united(dict(_filed(kernels, places)))
+    form = None if filed is None else form
+    adapted: dict[str, Any] = dict(_updates(kernels, places)) if filed is None else dict(filed)
+    _check_gains(of(GainedBiasParam), adapted, slots, places)
+    updates = _with_biases(adapted, dict(_biases(of(LoraBiasParam), places)))
     tokens = dict(_rows(of(TokensParam), places))
     dropout = max((getattr(node, "dropout", 0.0) for node in kernels.values()), default=0.0)
     turned = [_is_conv1d(*place, node) for path, node in kernels.items() for place in places[path]]

@@ -194,6 +194,17 @@ def filed(name: str, slot: Slot, node: Any, arrays: Mapping[str, np.ndarray]) ->
     )
 
 
+def united(filed: Mapping[str, Filed]) -> Mapping[str, Filed] | None:
+    """Modules with the shared tensors that their file has; None: they have no such in common."""
+    form = next((of.form for of in filed.values()), None)
+    if form is None or not form.shared:
+        return filed
+    whole = form.joined([of.shared for of in filed.values()], [of.sizes for of in filed.values()])
+    own = {name: form.alike(of.tensors, of.shared, whole) for name, of in filed.items()}
+    made = {name: dataclasses.replace(filed[name], tensors=x, shared=whole) for name, x in own.items() if x is not None}
+    return made if len(made) == len(filed) else None
+
+
 def _placed(fields: Mapping[str, Any], node: Any, form: Form, tensor: str) -> np.ndarray | None:
     name, words = form.field(tensor)
     if name not in fields:

@@ -84,7 +84,7 @@ def tied_table(known: Mapping[str, bool]) -> str | None:
 
 def _tensors(adapter: Adapter, saved: Mapping[str, np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
     names = _wrapped(adapter)
-    for tensor, x in _shared(adapter).items():
+    for tensor, x in adapter.shared.items():
         yield f"{SHARED}{tensor}", x
     for name, update in adapter.updates.items():
         for role, array in _roles(update).items():
@@ -96,34 +96,6 @@ def _tensors(adapter: Adapter, saved: Mapping[str, np.ndarray]) -> Iterable[tupl
         yield f"{PREFIX}{module}.base_layer.bias" if is_beside else PREFIX + inner, array
     for name, (_, rows) in adapter.tokens.items():
         yield f"{PREFIX}{name}.{TOKENS}", rows
-
-
-def _shared(adapter: Adapter) -> dict[str, np.ndarray]:
-    """The tensors that all modules have in common: those of the largest, of which others have the beginning.
-
-    Raises:
-      ValueError: if that is not so.
-    """
-    filed = [update for update in adapter.updates.values() if isinstance(update, Filed) and update.shared]
-    found: dict[str, np.ndarray] = {}
-    if filed and (joined := filed[0].form.joined([of.shared for of in filed], [of.sizes for of in filed])):
-        return dict(joined)
-    for update in adapter.updates.values():
-        for tensor, x in getattr(update, "shared", {}).items():
-            found[tensor] = _larger(tensor, found[tensor], x) if tensor in found else x
-    return found
-
-
-def _larger(tensor: str, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The one of two arrays that has the other as its beginning, along each axis."""
-    sizes = tuple(map(min, one.shape, other.shape))
-    begin = tuple(map(slice, sizes))
-    larger = one if one.size >= other.size else other
-    if not np.array_equal(one[begin], other[begin]) or sizes not in (one.shape, other.shape):
-        raise ValueError(
-            f"peft.save: the kernels have different {tensor}, of which PEFT has one for all; wrap them with one spec"
-        )
-    return larger
 
 
 def _roles(update: Update | Filed) -> Mapping[str, np.ndarray]:

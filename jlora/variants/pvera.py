@@ -15,11 +15,13 @@ from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
-from jlora.variants.vera import rows_of
+from jlora.variants.vera import VeraForm, rows_of
 
 
-class _Form(Form):
+class _Form(VeraForm):
     """The vectors of the means and of the variances are one in the file, and so are the columns of A."""
+
+    draw = Form.draw  # pVeRA's files are read with their A and B only
 
     def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
         if not {"pvera_a", "pvera_b"} <= {*fields}:

@@ -16,7 +16,7 @@ from jlora.interpret.manual import check_whole
 from jlora.interpret.quantised import codes_of
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, sizes_of, static, trained
-from jlora.nodes.form import Form
+from jlora.nodes.form import Form, beginning
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 from jlora.variants.dense import size_of
@@ -42,13 +42,10 @@ class _Form(Form):
         """PEFT's sizes are those of a module with the most inputs and the most outputs that any has."""
         ends, rank = [max(of) for of in zip(*sizes, strict=True)], len(shared[0]["randlora_A"])
         shapes = {"randlora_A": (rank, 1, min(ends)), "randlora_B": (max(ends), -(-min(ends) // rank), rank)}
-        made = {name: np.full(shape, np.nan, np.float32) for name, shape in shapes.items()}
+        made = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         for name, x in ((name, of[name]) for of in shared for name in made):
-            part = made[name][tuple(map(slice, x.shape))]
-            if part.shape != x.shape or not np.array_equal(part, np.where(np.isnan(part), part, x), equal_nan=True):
-                raise ValueError(f"peft.save: the kernels have different {name}, of which PEFT has one for all")
-            part[...] = x
-        return {name: np.nan_to_num(x) for name, x in made.items()}
+            beginning(made[name], x)[...] = beginning(x, made[name])
+        return made
 
     def settings_of(self, node: Any) -> dict[str, Any]:
         alpha = super().settings_of(node)["randlora_alpha"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,13 +14,24 @@ from jlora.factors.mersenne import Generator
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
-from jlora.nodes.form import Form
+from jlora.nodes.form import Form, beginning
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
 
 
-class _Form(Form):
+class VeraForm(Form):
     """A file without the projections has their seed, from which PyTorch draws them."""
+
+    def alike(
+        self, own: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray], whole: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray] | None:
+        """Where A is larger than the file's, as that of a kernel with fewer inputs is, d becomes as much larger."""
+        a, d = next(name for name in shared if name.endswith("_A")), next(name for name in own if name.endswith("_d"))
+        ours, theirs = shared[a], beginning(whole[a], shared[a])
+        ratio = np.linalg.norm(ours) / np.linalg.norm(theirs)
+        if ours.shape != theirs.shape or not np.allclose(ours, ratio * theirs, rtol=1e-5, atol=0):
+            return None
+        return super().alike({**own, d: own[d] * np.float32(ratio)}, {**shared, a: theirs}, whole)
 
     def draw(self, spec: Any, ins: int, outs: int) -> dict[str, np.ndarray]:
         generator, rank = Generator(spec.options["projection_seed"]), spec.rank
@@ -55,7 +67,7 @@ class VeraParam(AdaptedParam):
     SETTINGS = ("rank", "dropout")
     OPTIONS = {"d_initial": 0.1, "projection_seed": 0}
     LINEAR = ("lambda_b",)
-    FORM = _Form(
+    FORM = VeraForm(
         "VERA",
         {"vera_lambda_b": "lambda_b: out", "vera_lambda_d": "lambda_d: rank"},
         {"r": ("rank", 256), "vera_dropout": ("dropout", 0.0)},

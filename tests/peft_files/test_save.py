@@ -19,8 +19,11 @@ STATE |= {name.replace("weight", "bias"): noise(8) for name in STATE}
 STATE |= {"embed_tokens.weight": noise(10, 8), "pooler.dense.weight": noise(8, 8), "norm.weight": noise(8)}
 
 
+OBLONG = {"q_proj.weight": noise(16, 8), "dense.weight": noise(8, 16), "k_proj.weight": noise(8, 8)}
+
+
 def wrapped(targets, state=STATE, **settings):
-    axes = dict.fromkeys(("q_proj", "dense"), LINEAR)
+    axes = {name: LINEAR for name in ("q_proj", "k_proj", "dense") if any(name in key for key in state)}
     return noisy(nested(state), jlora.LoraSpec(targets=targets, axes=axes, **settings))
 
 
@@ -103,6 +106,28 @@ def test_each_variant_is_written_as_what_it_is(name, tmp_path):
             *(jax.tree.leaves(jlora.partition({"w": node})[0]) for node in (theirs, ours)), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kernels_of_several_sizes_are_in_one_file(name, tmp_path):
+    settings, method = VARIANTS[name]
+    rank = {} if method in ("IA3", "OFT", "BOFT", "ROAD", "C3A", "FOURIERFT", "WAVEFT") else {"rank": 2}
+    settings = {"options": {"group_size": 8}} | settings if method == "ROAD" else settings
+    tree = wrapped(["*"], OBLONG, **rank | settings)
+    assert saved(tmp_path, tree)["peft_type"] == method
+    assert_same(merged(jlora.peft.load(tmp_path, nested(OBLONG))), merged(tree))
+
+
+@pytest.mark.parametrize("variant", ["vera", "pvera", "randlora"])
+def test_bases_that_are_not_the_same_are_written_as_plain_lora(variant, tmp_path):
+    trees = [
+        wrapped([name], OBLONG, rank=2, variant=variant, options={seed: i})
+        for i, name in enumerate(("q_proj", "dense"))
+        for seed in ("seed" if variant == "randlora" else "projection_seed",)
+    ]
+    tree = {**trees[0], "dense": trees[1]["dense"]}
+    assert saved(tmp_path, tree)["peft_type"] == "LORA"
+    assert_same(merged(jlora.peft.load(tmp_path, nested(OBLONG))), merged(tree))
 
 
 def test_ia3_scales_biases_in_peft(tmp_path):
