@@ -9,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.factors.mersenne import Generator
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
-from jlora.nodes.form import Form
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
-from jlora.variants.vera import VeraForm, rows_of
+from jlora.variants.vera import VeraForm, kaiming, rows_of
 
 
 class _Form(VeraForm):
     """The vectors of the means and of the variances are one in the file, and so are the columns of A."""
 
-    draw = Form.draw  # pVeRA's files are read with their A and B only
+    def draw(self, spec: Any, ins: int, outs: int) -> dict[str, np.ndarray]:
+        generator = Generator(spec.options["projection_seed"])
+        return {"pvera_A": kaiming(generator, 2 * spec.rank, ins), "pvera_B": kaiming(generator, outs, spec.rank)}
 
     def read(self, fields: dict[str, np.ndarray], spec: Any) -> dict[str, Any]:
         if not {"pvera_a", "pvera_b"} <= {*fields}:

@@ -34,12 +34,8 @@ class VeraForm(Form):
         return super().alike({**own, d: own[d] * np.float32(ratio)}, {**shared, a: theirs}, whole)
 
     def draw(self, spec: Any, ins: int, outs: int) -> dict[str, np.ndarray]:
-        generator, rank = Generator(spec.options["projection_seed"]), spec.rank
-        bounds = (6 / ins) ** 0.5, (6 / rank) ** 0.5
-        return {
-            "vera_A": generator.uniform((rank, ins), -bounds[0], bounds[0]),
-            "vera_B": generator.uniform((outs, rank), -bounds[1], bounds[1]),
-        }
+        generator = Generator(spec.options["projection_seed"])
+        return {"vera_A": kaiming(generator, spec.rank, ins), "vera_B": kaiming(generator, outs, spec.rank)}
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +111,12 @@ class VeraParam(AdaptedParam):
         b = self.vera_b * d * jnp.expand_dims(self.lambda_b, n)
         factors = self.laid(self.vera_a, "in rank"), self.laid(b, "batch rank out")
         return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
+
+
+def kaiming(generator: Generator, rows: int, columns: int) -> np.ndarray:
+    """``torch.nn.init.kaiming_uniform_`` of a matrix."""
+    bound = (6 / columns) ** 0.5
+    return generator.uniform((rows, columns), -bound, bound)
 
 
 def rows_of(key: jax.Array, count: int, rank: int) -> jax.Array:

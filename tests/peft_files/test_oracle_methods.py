@@ -12,14 +12,17 @@ import jlora
 torch = pytest.importorskip("torch", reason="the oracle needs torch, peft and transformers")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
+from tests.optim.support import noisy  # noqa: E402
 from tests.peft_files.test_oracle import base_state, flat, nested  # noqa: E402
 from tests.peft_files.torch_models import inputs, llama, merged_weights  # noqa: E402
+from tests.peft_files.trees import LINEAR  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 T = ["q_proj", "k_proj", "down_proj"]
 OFT = {"r": 0, "oft_block_size": 4}
 BOTH = {"decompose_factor": 4, "decompose_both": True}
+DRAWN = {"save_projection": False, "projection_prng_key": 5}
 METHODS = {
     "loha": ("LoHaConfig", {"r": 2, "alpha": 3, "rank_pattern": {"k_proj": 3}}),
     "lokr": ("LoKrConfig", {"r": 2, "alpha": 3, "decompose_factor": 4}),
@@ -51,6 +54,8 @@ METHODS = {
     "randlora": ("RandLoraConfig", {"r": 4, "randlora_alpha": 6, "target_modules": [*T, "up_proj"]}),
     "randlora, sparse": ("RandLoraConfig", {"r": 3, "randlora_alpha": 6, "sparse": True}),
     "pvera": ("PveraConfig", {"r": 4, "target_modules": ["q_proj", "up_proj"]}),
+    "vera, drawn": ("VeraConfig", {"r": 4, "target_modules": ["q_proj", "up_proj"], **DRAWN}),
+    "pvera, drawn": ("PveraConfig", {"r": 4, "target_modules": ["down_proj", "up_proj"], **DRAWN}),
     "hira": ("HiraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}}),
     "delora": ("DeloraConfig", {"r": 4, "rank_pattern": {"k_proj": 3}, "lambda_pattern": {"k_proj": 5}}),
 }
@@ -86,6 +91,18 @@ def test_files_both_ways(name, tmp_path):
     again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
     np.testing.assert_allclose(logits(again), logits(model), atol=2e-5)
     wanted = merged_weights(again)
+    for weight, value in flat(jlora.merge(tree)).items():
+        np.testing.assert_allclose(value, wanted[weight], atol=2e-6, rtol=1e-5, err_msg=weight)
+
+
+@pytest.mark.parametrize("variant", ["vera", "pvera", "randlora"])
+def test_kernels_of_several_sizes_share_their_bases(variant, tmp_path):
+    names = ["q_proj", "down_proj", "up_proj"]
+    spec = jlora.LoraSpec(variant=variant, rank=4, targets=names, axes=dict.fromkeys(names, LINEAR))
+    base = llama()
+    tree = noisy(nested(base_state(base)), spec)
+    jlora.peft.save(tmp_path, tree)
+    wanted = merged_weights(peft.PeftModel.from_pretrained(base, tmp_path))
     for weight, value in flat(jlora.merge(tree)).items():
         np.testing.assert_allclose(value, wanted[weight], atol=2e-6, rtol=1e-5, err_msg=weight)
 
