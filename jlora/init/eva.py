@@ -8,16 +8,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.apply import apply
 from jlora.init.batches import adapted, jitted, size, some, summed
+from jlora.init.ranks import checked, largest, shared_out
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import PAIR, frozen, sizes_of, static, trained
 from jlora.nodes.node import AdaptedParam
 
 
-def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, passes: int = 4, seed: int = 0) -> Any:
+def eva(
+    fn: Callable[[Any, Any], Any],
+    tree: Any,
+    batches: Iterable[Any],
+    *,
+    passes: int = 4,
+    seed: int = 0,
+    rho: float = 1.0,
+) -> Any:
     """A from the inputs of each kernel: their leading right singular vectors over all batches; B is zero.
 
     The vectors are found by subspace iteration: each pass over the batches multiplies a small matrix by X^T X, X being
@@ -31,12 +41,17 @@ def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, pas
       batches: a few batches, each given to `fn` as it is.
       passes: over the batches.
       seed: of the start of the iteration.
+      rho: how far ranks may move. 1 leaves them as they are. Above, the ranks of all kernels together are shared out
+        anew, to the directions that explain the largest shares of their kernels' inputs; no rank grows to more than rho
+        times what it was, and a kernel that gets none is left without an adapter. Scales stay. PEFT's default is 2.
+        Kernels in one stack get one rank, by the mean of their shares. It takes one pass more.
 
     Returns:
       The tree with lora_a of orthonormal columns, the inputs' directions of most variance first, and lora_b zero.
 
     Raises:
-      ValueError: if there are no batches, or nothing has low-rank factors.
+      ValueError: if there are no batches, or nothing has low-rank factors, rho is no number of at least 1, or it is
+        more than 1 under `jax.jit`, where shapes can't depend on data.
       TypeError: if `batches` is an array.
 
     Example:
@@ -47,20 +62,34 @@ def eva(fn: Callable[[Any, Any], Any], tree: Any, batches: Iterable[Any], *, pas
       >>> jnp.abs(params["w"].lora_a[:, 0])
       Array([0., 1., 0., 0.], dtype=float32)
 
+      Ranks that follow the data: the inputs of ``v`` lie in one direction, those of ``w`` in two.
+
+      >>> params = jlora.wrap({"v": jnp.ones((4, 3)), "w": jnp.ones((4, 3))}, jlora.LoraSpec(targets="*", rank=2))
+      >>> line, plane = jnp.zeros((9, 4)).at[:, 1].set(1.0), jax.random.normal(jax.random.key(0), (9, 4))
+      >>> fn = lambda p, x: (x[0] @ p["v"], x[1] @ p["w"])
+      >>> params = jlora.init.eva(fn, params, [(line, plane)], rho=2)
+      >>> params["v"].rank, params["w"].rank
+      (1, 3)
+
     References:
       Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
       arXiv:2410.07170.
     """
     _, nodes, put = adapted("eva", tree)
-    batches = some("eva", batches)
+    batches, rho = some("eva", batches), checked(rho, nodes)
     keys = jax.random.split(jax.random.key(seed), len(nodes))
-    columns = [_start(node, key) for node, key in zip(nodes, keys, strict=True)]
+    most = [largest(node, rho, min(size(node, "in"), size(node, "out"))) for node in nodes]
+    columns = [_start(*each) for each in zip(nodes, most, keys, strict=True)]
 
     products = _products("eva", fn, batches)
-    for count in range(passes):
-        columns = columns if count == 0 else [_orthonormal(node, x) for node, x in zip(nodes, columns, strict=True)]
-        columns = summed(products(columns, tree, batch) for batch in batches)
-    return put([_from_inputs(node, x) for node, x in zip(nodes, columns, strict=True)])
+    once = lambda columns: summed(products(columns, tree, batch) for batch in batches)
+    found = once(columns)
+    for _ in range(passes - 1):
+        columns = [_orthonormal(node, x) for node, x in zip(nodes, found, strict=True)]
+        found = once(columns)
+    if rho == 1:
+        return put([_from_inputs(node, x) for node, x in zip(nodes, found, strict=True)])
+    return put(_redistributed(nodes, found, most, once, jax.random.key(seed)))
 
 
 def _products(name: str, fn: Callable[[Any, Any], Any], batches: list[Any]) -> Callable[..., list[jax.Array]]:
@@ -115,8 +144,50 @@ def _its_own_gradient(h: jax.Array) -> jax.Array:
 _its_own_gradient.defvjp(lambda h: (h, h), lambda h, _: (h,))
 
 
-def _start(node: Any, key: jax.Array) -> jax.Array:
-    width = min(2 * node.lora_a.shape[-1] + 4, size(node, "in"))
+Once = Callable[[list[jax.Array]], list[jax.Array]]
+
+
+def _redistributed(nodes: list[Any], found: list[jax.Array], most: list[int], once: Once, key: jax.Array) -> list[Any]:
+    """The nodes with ranks shared out anew, and the leading directions of `found`; bases, where a rank is zero."""
+    shares = [share[:limit] for share, limit in zip(_explained(nodes, found, once, key), most, strict=True)]
+    places = [i for i, share in enumerate(shares) if share.sum() > 0]  # the others saw no input
+    ranks = shared_out([nodes[i] for i in places], [shares[i] for i in places])
+    started = [_from_inputs(nodes[i], found[i], rank) for i, rank in zip(places, ranks, strict=True)]
+    return [dict(zip(places, started, strict=True)).get(i, node) for i, node in enumerate(nodes)]
+
+
+def _explained(nodes: list[Any], found: list[jax.Array], once: Once, key: jax.Array) -> list[np.ndarray]:
+    """What each found direction explains of the variance of a kernel's inputs, largest first: the mean over a stack.
+
+    The whole variance, the trace of X^T X, is that in the found directions, and an estimate of the rest from random
+    directions beside them. `once` multiplies by X^T X.
+
+    References:
+      Meyer et al., "Hutch++: Optimal Stochastic Trace Estimation", arXiv:2010.09649.
+    """
+    inside = [_orthonormal(node, x) for node, x in zip(nodes, found, strict=True)]
+    outside = [_beside(*each) for each in zip(nodes, inside, jax.random.split(key, len(nodes)), strict=True)]
+    products = zip(nodes, inside, once(inside), outside, once(outside), strict=True)
+    return [_shares(*(_matrices(node, x) for x in matrices)) for node, *matrices in products]
+
+
+def _shares(q: jax.Array, of_q: jax.Array, z: jax.Array, of_z: jax.Array) -> np.ndarray:
+    """As `_explained`, for one node: of Q and Z, and of X^T X times these."""
+    variances = jnp.linalg.eigvalsh(jnp.swapaxes(q, -1, -2) @ of_q)[..., ::-1]
+    whole = variances.sum(-1) + (z * of_z).sum((-2, -1)) / z.shape[-1]
+    shares = jnp.where(whole > 0, 1 / jnp.where(whole > 0, whole, 1), 0)[..., None] * variances
+    return np.asarray(shares.reshape(-1, shares.shape[-1]).mean(0))
+
+
+def _beside(node: Any, basis: jax.Array, key: jax.Array) -> jax.Array:
+    """Random directions of entries +1 and -1, less what of them lies in the span of some orthonormal columns."""
+    q = _matrices(node, basis)
+    signs = jax.random.rademacher(key, q.shape, q.dtype)
+    return (signs - q @ (jnp.swapaxes(q, -1, -2) @ signs)).reshape(basis.shape)
+
+
+def _start(node: Any, rank: int, key: jax.Array) -> jax.Array:
+    width = min(2 * rank + 4, size(node, "in"))
     return _orthonormal(node, jax.random.normal(key, sizes_of(node, PAIR[0], {"rank": width})))
 
 
@@ -124,8 +195,16 @@ def _orthonormal(node: Any, x: jax.Array) -> jax.Array:
     return jnp.linalg.qr(_matrices(node, x))[0].reshape(x.shape)
 
 
-def _from_inputs(node: Any, products: jax.Array) -> Any:
-    """The node with A the leading directions, if it saw any input."""
+def _from_inputs(node: Any, products: jax.Array, rank: int | None = None) -> Any:
+    """The node with A the leading directions, if it saw any input; of another rank, if one is given: 0 is the base."""
+    if rank == 0:
+        return node.base
+    if rank is not None:
+        factors = {"lora_a": (PAIR[0], node.lora_a.dtype), "lora_b": (PAIR[1], node.lora_b.dtype)}
+        zeros = {
+            name: jnp.zeros(sizes_of(node, axes, {"rank": rank}), dtype) for name, (axes, dtype) in factors.items()
+        }
+        node = dataclasses.replace(node, **zeros, start=())
     rank, seen = node.lora_a.shape[-1], jnp.any(products != 0)
     u, _, _ = jnp.linalg.svd(_matrices(node, products), full_matrices=False)
     lora_a = u[..., :rank].reshape(node.lora_a.shape).astype(node.lora_a.dtype)

@@ -27,7 +27,7 @@ REFUSED = {
     "loftq_config": LOFTQ,
     "eva_config": _AFTER.format("eva"),
     "lora_ga_config": _AFTER.format("lora_ga"),
-    "corda_config": _OTHER.format("CorDA"),
+    "corda_config": _AFTER.format("corda"),
     "velora_config": _OTHER.format("VeLoRA"),
     "monteclora_config": _OTHER.format("MonteCLoRA"),
     "arrow_config": _OTHER.format("Arrow"),
@@ -235,7 +235,7 @@ def _init(settings: Settings) -> str:
         return "kaiming"
     if isinstance(given, str) and (given in INITS or re.fullmatch(r"pissa_niter_\d+", given)):
         return given
-    hints = {"eva": _AFTER.format("eva"), "lora_ga": _AFTER.format("lora_ga"), "loftq": LOFTQ}
+    hints = {name: _AFTER.format(name) for name in ("eva", "corda", "lora_ga")} | {"loftq": LOFTQ}
     names = f"there is no such initialisation; give true, {', '.join(map(repr, INITS))} or 'pissa_niter_N'"
     settings.refuse("init_lora_weights", hints.get(given, names) if isinstance(given, str) else names)
 

@@ -52,7 +52,7 @@ class LoraSpec:
       init: ``"kaiming"`` (PEFT's default), ``"gaussian"``, ``"orthogonal"``; from the kernel itself ``"pissa"``,
         ``"pissa_niter_N"`` (N rounds of subspace iteration in place of the exact decomposition), ``"milora"``,
         ``"olora"``; or a function ``(key, in_shape, out_shape, rank, dtype) -> (lora_a, lora_b)`` for one kernel
-        without batch axes. `jlora.init.eva` and `jlora.init.lora_ga` take a wrapped tree and data.
+        without batch axes. `jlora.init.eva`, `corda` and `lora_ga` take a wrapped tree and data.
       variant: a name in `jlora.variants.VARIANTS` (``"lora"``, ``"dora"``, ``"lora_fa"``, ``"vera"``, ``"adalora"``,
         ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``), or an `AdaptedParam` class.
       options: settings of the variant's own, such as ``{"block_size": 32}`` of OFT.

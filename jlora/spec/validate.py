@@ -188,8 +188,8 @@ def check_ranges(spec: Mapping[str, Any]) -> None:
 def check_init(init: Any) -> None:
     is_init = callable(init) or spectral(init) or (isinstance(init, str) and init in RANDOM)
     names = (*RANDOM, *SPECTRAL, "pissa_niter_N")
-    data = " (jlora.init.eva and jlora.init.lora_ga take the wrapped tree and batches)"
-    hint = data if init in ("eva", "lora_ga") else nearest(init, names)
+    data = f" (jlora.init.{init} takes the wrapped tree and batches)"
+    hint = data if init in ("eva", "corda", "lora_ga") else nearest(init, names)
     expect(bool(is_init), "init", f"one of {names} or a function{hint}", init)
 
 

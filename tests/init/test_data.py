@@ -1,4 +1,4 @@
-"""EVA and LoRA-GA against numpy, on plain, stacked and branched kernels."""
+"""EVA, CorDA and LoRA-GA against numpy, on plain, stacked and branched kernels."""
 
 import functools
 
@@ -152,21 +152,119 @@ def test_lora_ga_steps_nearer_to_full_training():
     assert cosine(jlora.init.lora_ga(loss, wrapped(), BATCHES)) > 0.9 > 0.7 > cosine(wrapped())
 
 
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_takes_the_parts_that_the_inputs_use(mode):
+    before = wrapped(scaling=0.5)
+
+    @jax.jit
+    def started(before, batches):
+        params = jlora.init.corda(model, before, batches, mode=mode)
+        return params, jlora.apply(model)(params, batches[0]), model(PARAMS, batches[0])
+
+    params, found, expected = started(before, BATCHES)
+    assert error(found, expected) <= 2e-6
+    every = [np.concatenate(x, axis=-2) for x in zip(*map(inputs_of, BATCHES), strict=True)]
+    for name, x in zip(("up", "layers", "head"), every, strict=True):
+        x, kernel = x.astype(np.float64), np.asarray(PARAMS[name], np.float64)
+        covariance = np.swapaxes(x, -1, -2) @ x
+        mean = np.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / x.shape[-1]
+        covariance = covariance / mean + 0.01 * np.eye(x.shape[-1])
+        u, s, vt = np.linalg.svd(covariance @ kernel, full_matrices=False)
+        kept = slice(RANK) if mode == "ipm" else slice(s.shape[-1] - RANK, None)
+        part = np.linalg.inv(covariance) @ (u[..., kept] * s[..., None, kept]) @ vt[..., kept, :]
+        node = params[name]
+        assert error(0.5 * node.lora_a @ node.lora_b, part) <= 2e-3
+        sizes = [np.linalg.norm(node.lora_b, axis=-1), np.sqrt(s[..., kept] / 0.5)]
+        np.testing.assert_allclose(*sizes, rtol=2e-3)  # the values are halved between the two
+    assert same_bits(jlora.unwrap(params), PARAMS)
+    jlora.to_plain_lora(params)
+
+
+def test_corda_leaves_embeddings_alone():
+    fn = lambda params, tokens: params["table"][tokens] @ params["up"]
+    tokens = np.array([1, 2, 3, 3, 7, 9, 11, 12], np.int32)
+    small = {"table": PARAMS["table"], "up": PARAMS["up"]}
+    spec = jlora.LoraSpec(targets=["table", "up"], rank=2, init="pissa", variant="dora")
+    before = jlora.wrap(small, spec, sites=jlora.sites(fn, small, tokens))
+    after = jlora.init.corda(fn, before, [tokens])
+    assert same_bits(jlora.merge(after)["table"], jlora.merge(before)["table"])
+    assert same_bits(after["table"].lora_a, before["table"].lora_a)
+    assert error(jlora.apply(fn)(after, tokens), fn(small, tokens)) <= 1e-5
+
+
+def explained(x):
+    """What the directions of a kernel's inputs explain: shares of the variance, the mean over a stack."""
+    s = np.linalg.svd(x.astype(np.float64), compute_uv=False) ** 2
+    return (s / s.sum(-1, keepdims=True)).reshape(-1, s.shape[-1]).mean(0)
+
+
+@pytest.mark.parametrize("rho", [1.34, 2.0, 4.0])
+def test_eva_shares_out_the_ranks(rho):
+    """A stack of three kernels counts three times; all ranks together stay."""
+    names, counts, widths, ranks = ("up", "layers", "head"), (1, 3, 1), (8, 16, 10), (6, 2, 3)
+    overrides = {name: {"rank": rank} for name, rank in zip(names, ranks, strict=True)}
+    params = jlora.init.eva(model, plan(overrides=overrides), BATCHES, passes=8, rho=rho)
+    every = [np.concatenate(x, axis=-2) for x in zip(*map(inputs_of, BATCHES), strict=True)]
+    most = [min(round(rank * rho), width) for rank, width in zip(ranks, widths, strict=True)]
+    shares = sorted((-share, i) for i, x in enumerate(every) for share in explained(x)[: most[i]])
+    left, expected = 15, [0, 0, 0]
+    for _, i in shares:
+        if counts[i] <= left:
+            expected[i], left = expected[i] + 1, left - counts[i]
+    assert [params[name].rank for name in names] == expected != [*ranks]
+    assert error(jlora.apply(model)(params, BATCHES[0]), model(PARAMS, BATCHES[0])) <= 2e-6
+    _, _, vt = np.linalg.svd(every[0].astype(np.float64), full_matrices=False)
+    columns = np.asarray(params["up"].lora_a, np.float64)
+    np.testing.assert_allclose(projector(columns), projector(vt[: expected[0]].T), atol=2e-3)
+
+
+def test_eva_leaves_a_kernel_that_explains_little_without_an_adapter():
+    """Two directions explain the inputs of one kernel, eight those of the other; a table has no inputs."""
+    fn = lambda params, x: (x[0] @ params["plane"], x[1] @ params["ball"], params["table"][jnp.array([0, 1])])
+    params = jax.device_put({"plane": noise(8, 6), "ball": noise(8, 6, seed=1), "table": noise(4, 3)})
+    x = jax.device_put([noise(50, 2) @ noise(2, 8), noise(50, 8, seed=2)])
+    spec = jlora.LoraSpec(targets="*", rank=1, variant="dora")
+    before = jlora.wrap(params, spec, sites=jlora.sites(fn, params, x))
+    after = jlora.init.eva(fn, before, [x], rho=2)
+    assert after["plane"].lora_a.shape == (8, 2) and after["plane"].lora_b.shape == (2, 6)
+    assert after["ball"] is before["ball"].base
+    assert same_bits(after["table"], before["table"])
+    assert error(jlora.apply(fn)(after, x), fn(params, x)) <= 1e-6
+
+
+@pytest.mark.parametrize("rho", [0.5, float("nan"), float("inf"), "2", True])
+def test_rho_is_a_number_of_at_least_one(rho):
+    with pytest.raises(ValueError, match=r"rho must be a number of at least 1, found"):
+        jlora.init.eva(model, wrapped(), BATCHES, rho=rho)
+
+
+def test_ranks_are_not_chosen_under_jit():
+    with pytest.raises(ValueError, match=r"eva: rho=2 chooses ranks by the data.* outside jax\.jit"):
+        jax.eval_shape(lambda tree: jlora.init.eva(model, tree, BATCHES, rho=2), wrapped())
+
+
+@pytest.mark.parametrize("settings", [{"mode": "pca"}, {"damp": 0.0}, {"damp": float("nan")}])
+def test_settings_of_corda(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"corda: {name} must be"):
+        jlora.init.corda(model, wrapped(), BATCHES, **settings)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.lora_ga])
+@pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.corda, jlora.init.lora_ga])
 def test_placed_as_the_base(init):
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "model")))
     spec = jlora.LoraSpec(targets=["up", "layers", "head"], rank=RANK)
     placed = jlora.wrap(jax.tree.map(put, PARAMS), spec, sites=jlora.sites(model, PARAMS, BATCHES[0]))
-    fn = model if init is jlora.init.eva else loss
+    fn = loss if init is jlora.init.lora_ga else model
     found, expected = init(fn, placed, BATCHES), init(fn, wrapped(), BATCHES)
     product = lambda node: node.lora_a @ jnp.swapaxes(node.lora_a, -1, -2)
     for name in ("up", "layers", "head"):
         assert error(product(found[name]), product(expected[name])) <= 1e-3
 
 
-@pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.lora_ga])
+@pytest.mark.parametrize("init", [jlora.init.eva, jlora.init.corda, jlora.init.lora_ga])
 def test_what_can_not_be_is_said(init):
     with pytest.raises(ValueError, match="batches is empty"):
         init(loss, shapes(), [])
