@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,10 @@ def batched(
     """
     if fallback not in FALLBACKS:
         raise ValueError(f"batched: fallback must be one of {FALLBACKS}, found {fallback!r}")
-    return Batched(fn, in_axes, out_axes, rng, train, functools.partial(_applied, fallback))
+    return Batched(fn, in_axes, out_axes, rng, train, functools.partial(by_row, fallback))
 
 
-def _applied(fallback: str, fn: Callable[..., Any], rng: Any) -> Callable[..., Any]:
+def by_row(fallback: str, fn: Callable[..., Any], rng: Any) -> Callable[..., Any]:
     return applied(fn, fallback, Settings(rng, freeze=False), by_rows=True)
 
 
@@ -142,17 +142,22 @@ class Batched:
     train: Names
     run: Runner
 
+    name: ClassVar[str] = "batched"
+
     def __call__(self, stacked: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            name = next(iter(kwargs))
-            raise TypeError(
-                f"batched takes no keyword arguments, found {name}; give it to the function, as in batched(lambda "
-                f"params, x: fn(params, x, {name}=...))"
-            )
+        self._no_keywords(kwargs)
         ids = _checked(ids, count_of("batched", jax.tree.leaves(stacked, is_leaf=is_unit)))
-        tree = _stopped(stacked, self.train)
+        tree = stopped(stacked, self.train)
         own = lambda number: jax.tree.map(lambda leaf: _of_row(leaf, number, len(ids)), tree, is_leaf=is_unit)
         return self._by_row(own, ids, args)
+
+    def _no_keywords(self, given: dict[str, Any]) -> None:
+        if given:
+            name = next(iter(given))
+            raise TypeError(
+                f"{self.name} takes no keyword arguments, found {name}; give it to the function, as in "
+                f"{self.name}(lambda params, x: fn(params, x, {name}=...))"
+            )
 
     def run_by(self, runner: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Batched:
         """The same with another way to run the function on wrapped trees, with dropout as that has it."""
@@ -166,12 +171,12 @@ class Batched:
     def _by_row(self, own: Callable[[Any], Any], ids: Any, args: tuple[Any, ...]) -> Any:
         """The function of each row's tree and arguments."""
         axes = self._axes_of(args)
-        check_rows(args, axes, len(ids))
+        check_rows(self.name, args, axes, len(ids))
         keys = None if self.rng is None else jax.random.split(self.rng, len(ids))
 
         def row(number: Any, key: Any, *args: Any) -> Any:
             one = jax.tree.map(with_row, axes, args, is_leaf=is_none)
-            return without_row(self.run(self.fn, key)(own(number), *one), self.out_axes)
+            return without_row(self.name, self.run(self.fn, key)(own(number), *one), self.out_axes)
 
         in_axes = (0, None if keys is None else 0, *axes)
         return jax.vmap(row, in_axes=in_axes, out_axes=self.out_axes)(ids, keys, *args)
@@ -181,10 +186,10 @@ class Batched:
         given = tuple(self.in_axes) if isinstance(self.in_axes, (tuple, list)) else (self.in_axes,) * len(args)
         if len(given) != len(args):
             raise ValueError(
-                f"batched: in_axes has {len(given)} entries, one for each argument behind the tree and the ids; found "
+                f"{self.name}: in_axes has {len(given)} entries, one for each argument behind the first two; found "
                 f"{len(args)} such arguments"
             )
-        return tuple(spread("in_axes", axes, arg) for axes, arg in zip(given, args, strict=True))
+        return tuple(spread(self.name, "in_axes", axes, arg) for axes, arg in zip(given, args, strict=True))
 
 
 def _of_row(leaf: Any, number: Any, rows: int) -> Any:
@@ -211,7 +216,7 @@ def _checked(ids: Any, count: int) -> jax.Array:
     return ids
 
 
-def _stopped(tree: Any, train: Names) -> Any:
+def stopped(tree: Any, train: Names) -> Any:
     """The tree with what is frozen behind `jax.lax.stop_gradient`."""
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
     stop = lambda x, mark: jax.lax.stop_gradient(x) if mark == FROZEN and is_traced(x) and is_float(x) else x

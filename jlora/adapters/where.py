@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 
-def spread(name: str, axes: Any, tree: Any) -> Any:
-    """The axes of a prefix of a tree, for each of its leaves."""
+def spread(caller: str, name: str, axes: Any, tree: Any) -> Any:
+    """The axes of a prefix of a tree, for each of its leaves; `name` is the argument that gives them."""
     for_all = lambda axis, part: jax.tree.map(lambda _: axis, part)
     try:
         return jax.tree.map(for_all, axes, tree, is_leaf=is_none)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"batched: {name} has another structure than what it is for: {axes} for {jax.tree.structure(tree)}. It has "
-            "a number or None for each array, or one for a whole part"
+            f"{caller}: {name} has another structure than what it is for: {axes} for {jax.tree.structure(tree)}. It "
+            "has a number or None for each array, or one for a whole part"
         ) from error
 
 
@@ -24,7 +24,7 @@ def with_row(axis: Any, x: Any) -> Any:
     return x if axis is None else jnp.expand_dims(x, axis)
 
 
-def without_row(outputs: Any, axes: Any) -> Any:
+def without_row(caller: str, outputs: Any, axes: Any) -> Any:
     """The results without the axis of the one row."""
 
     def squeezed(path: Any, axis: Any, x: Any) -> Any:
@@ -33,22 +33,24 @@ def without_row(outputs: Any, axes: Any) -> Any:
         shape = jnp.shape(x)
         if not -len(shape) <= axis < len(shape) or shape[axis] != 1:
             raise ValueError(
-                f"batched: the function sees batches of one row, and returns an array of shape {shape} for one"
+                f"{caller}: the function sees batches of one row, and returns an array of shape {shape} for one"
                 f"{_at(path)}, which has no axis {axis} of size 1; out_axes tells where the rows are, None where there "
                 "are none, and in_axes where those of the arguments are"
             )
         return jnp.squeeze(x, axis)
 
-    return jax.tree_util.tree_map_with_path(squeezed, spread("out_axes", axes, outputs), outputs, is_leaf=is_none)
+    return jax.tree_util.tree_map_with_path(
+        squeezed, spread(caller, "out_axes", axes, outputs), outputs, is_leaf=is_none
+    )
 
 
-def check_rows(args: tuple[Any, ...], axes: tuple[Any, ...], rows: int) -> None:
+def check_rows(caller: str, args: tuple[Any, ...], axes: tuple[Any, ...], rows: int) -> None:
     def check(path: Any, axis: Any, x: Any) -> None:
-        shape = jnp.shape(x)
+        shape, counted = jnp.shape(x), "ids" if caller == "batched" else "rows"
         if axis is not None and not (-len(shape) <= axis < len(shape) and shape[axis] == rows):
             raise ValueError(
-                f"batched: there are {rows} ids, and an argument of shape {shape}{_at(path)} has not as many rows on "
-                f"its axis {axis}; in_axes tells where they are, None where all rows share an argument"
+                f"{caller}: there are {rows} {counted}, and an argument of shape {shape}{_at(path)} has not as many "
+                f"rows on its axis {axis}; in_axes tells where they are, None where all rows share an argument"
             )
 
     jax.tree_util.tree_map_with_path(check, axes, args, is_leaf=is_none)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jlora.interpret.active import refused
 from jlora.interpret.choice import gathered, takes_masks
 from jlora.interpret.laid import laid_out
 from jlora.interpret.products import Labels, cast, contract, placed_as, reshaped, uncut, wide
@@ -73,6 +74,7 @@ class Factored(Tracked):
       within its block. R is the product of all of them.
     * ``"mark"``: owns the axis that is turned.
     * ``"merged"``: ``base + scale * sum_r a * b``, of shape (axes..., 1), for products that take it as it is.
+    * ``"active"``: whether the factors act at each token of a row, of shape (1..., tokens).
     * ``"weights"``: of several adapters that a and b have side by side, of shape (1..., adapters): one of them is not
       zero, or none.
 
@@ -144,6 +146,11 @@ class Factored(Tracked):
         """Of the adapters that it has side by side, of shape (1..., adapters); None: it has one."""
         return self._of("weights")
 
+    @property
+    def active(self) -> Any:
+        """Whether the factors act at each token of a row, of shape (1..., tokens); None: they do at all."""
+        return self._of("active")
+
     def _of(self, role: str) -> Any:
         return next((f for f, other in zip(self.factors, self.roles, strict=True) if other == role), None)
 
@@ -159,7 +166,8 @@ class Factored(Tracked):
 
     def merged_ahead(self) -> Factored:
         """The same, merged: where dropout is off, and there is something to merge."""
-        if self.pair is None or self.key is not None or self.tap is not None or self.weights is not None:
+        is_more = self.weights is not None or self.active is not None
+        if self.pair is None or self.key is not None or self.tap is not None or is_more:
             return self
         alone = self.replace(factors=self.pair, roles=("a", "b"), strides=())
         whole = lax.stop_gradient(alone.dense())
@@ -170,6 +178,8 @@ class Factored(Tracked):
         return self.laid_out().alone()._dense(dtype)
 
     def _dense(self, dtype: Any) -> jax.Array:
+        if self.active is not None:
+            raise refused(self.name)
         dtype, sums = dtype or self.base.dtype, wide(self.base.dtype)
         weight = array_of(self.base).astype(sums)
         if self.pair:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.interpret import compat
+from jlora.interpret.active import refused
 from jlora.interpret.factored import Tracked
 from jlora.interpret.frame import Frame
 
@@ -75,6 +76,8 @@ class Interpreter:
     def factored(
         self, weight: Any, eqn: Any, kind: str, group: tuple[str, ...] = (), strategy: str = "factored"
     ) -> None:
+        if kind != "dot" and getattr(weight, "active", None) is not None:
+            raise refused(weight.name)
         self._told(self, weight, eqn, kind, group, strategy)
 
     @property

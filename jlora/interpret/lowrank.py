@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jlora.interpret.active import acting
 from jlora.interpret.bilinear import bilinear
 from jlora.interpret.choice import masked
 from jlora.interpret.factored import Factored
@@ -158,8 +159,9 @@ def tapped(h: Any, weight: Factored) -> Any:
 
 
 def _acting(h: Any, weight: Factored) -> Any:
-    """The middle tensor of the adapters that act, of those that the weight has side by side."""
-    return h if weight.weights is None else masked(h, laid_out(weight.weights))
+    """The middle tensor of the adapters that act, of those side by side, at the tokens at which they do."""
+    h = h if weight.weights is None else masked(h, laid_out(weight.weights))
+    return h if weight.active is None else acting(h, laid_out(weight.active), weight.name)
 
 
 # Dropout: what is kept is drawn once, and stays for the backward pass as one bit an element.

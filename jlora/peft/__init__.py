@@ -42,6 +42,7 @@ def load(
     fan_in_fan_out: bool | Sequence[str] | None = None,
     allow_nonfinite: bool = False,
     allow_edited: bool = False,
+    invocation_tokens: Sequence[int] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -79,6 +80,8 @@ def load(
       allow_nonfinite: take NaN and infinite values as they are.
       allow_edited: take an ``adapter_config.json`` under which the weights mean something else than when `save` wrote
         both, as after an edit of ``lora_alpha``.
+      invocation_tokens: of an activated adapter (aLoRA), which acts from their last occurrence in a row on: the same as
+        in the file. The tree is to be run by `jlora.adapters.activated`. None: adapters that act at all tokens.
       revision: a branch, a tag or a commit of the repository; None: its main branch.
       token: for the Hub; None: that of the login (``hf auth login``), or of ``HF_TOKEN``; False: none.
       cache_dir: where downloads are kept; None: where ``huggingface_hub`` keeps them. Its offline mode is heeded.
@@ -94,7 +97,8 @@ def load(
       ConnectionError: if the Hub can't be asked, and its cache does not have them.
       ImportError: if the Hub is to be asked, and ``huggingface_hub`` is not installed: ``pip install ".[hub]"``.
       TypeError: if the tree is wrapped already.
-      ValueError: if the files are not what these tools write, or do not fit the tree, or fit in several places of it.
+      ValueError: if the files are not what these tools write, or do not fit the tree, or fit in several places of it;
+        or the adapter is activated, and not by `invocation_tokens`.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -108,7 +112,13 @@ def load(
       (3, 2)
     """
     at = adapter_at(directory, revision=revision, token=token, cache_dir=cache_dir)
-    adapter = read_any(at, component=component, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+    adapter = read_any(
+        at,
+        component=component,
+        allow_nonfinite=allow_nonfinite,
+        allow_edited=allow_edited,
+        invocation=invocation_tokens,
+    )
     try:
         return place(adapter, params, names, sites, prefix, fan_in_fan_out)
     except ValueError as error:
@@ -170,6 +180,7 @@ def save(
     task_type: str | None = None,
     portable: bool = False,
     allow_nonfinite: bool = False,
+    invocation_tokens: Sequence[int] | None = None,
 ) -> None:
     """Writes the adapter of a wrapped tree as PEFT does: a few MB, without the base.
 
@@ -189,11 +200,13 @@ def save(
       portable: write what vLLM, SGLang, llama.cpp and TGI read alike: every scale folded into B, one rank, no patterns,
         all layers.
       allow_nonfinite: write NaN and infinite values as they are.
+      invocation_tokens: write an activated adapter (aLoRA), which acts from the last occurrence of these token ids in a
+        row on: one that was trained by `jlora.adapters.activated`. It is of the task ``"CAUSAL_LM"``.
 
     Raises:
       TypeError: if nothing in the tree is wrapped.
       ValueError: if a leaf has no name in PyTorch, or its adapter no form in PEFT, or with `portable` none there; the
-        message says what to do. Or if PEFT has no such task.
+        message says what to do. Or if PEFT has no such task, or takes no such adapter with `invocation_tokens`.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jlora
@@ -203,7 +216,9 @@ def save(
       ...     sorted(os.listdir(directory))
       ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    if portable and invocation_tokens is not None:
+        raise ValueError("peft.save: not all readers of portable files know invocation_tokens: give one of the two")
     collected = collect(tree, names, as_lora=portable)
     if not allow_nonfinite:
         check_finite("peft.save", collected.adapter)
-    write(Path(directory), _portable(collected) if portable else collected, base_model, task_type)
+    write(Path(directory), _portable(collected) if portable else collected, base_model, task_type, invocation_tokens)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jlora.peft.files import write_text
 from jlora.peft.hub import is_name
+from jlora.peft.invocation import SETTING
 
 CARD = "README.md"
 _MARK = "<!-- jlora writes this card anew with the adapter, unless it is edited: {} -->\n"
@@ -124,6 +125,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
         "Target parameters": _named(settings.get("target_parameters")),
         "Biases": None if settings.get("bias", "none") == "none" else _named([settings["bias"]]),
         "Trained in full": _named(settings["modules_to_save"]),
+        "Acts after the tokens": ", ".join(map(str, settings.get(SETTING) or ())),
         "Tables with trained rows": _named(settings.get("trainable_token_indices")),
         "Task": _named([settings["task_type"]] if settings["task_type"] else None),
     }
@@ -133,7 +135,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
 
 def _method(settings: Mapping[str, Any]) -> str:
     if settings["peft_type"] == "LORA":
-        return "DoRA" if settings["use_dora"] else "LoRA"
+        return "DoRA" if settings["use_dora"] else "Activated LoRA" if settings.get(SETTING) else "LoRA"
     return str(_NAMES.get(settings["peft_type"], settings["peft_type"]))
 
 
@@ -180,6 +182,27 @@ def _loading(settings: Mapping[str, Any]) -> list[str]:
         f'model = PeftModel.from_pretrained({model}.from_pretrained("{base}"), "ADAPTER")',
         "```",
         "",
+        *(_in_jlora_activated(settings[SETTING]) if settings.get(SETTING) else _merged_or_not(settings, base)),
+    ]
+
+
+def _in_jlora_activated(tokens: list[int]) -> list[str]:
+    """It has no merged form, and acts at some tokens only."""
+    return [
+        "In jlora, onto the parameters of the base in JAX:",
+        "",
+        "```python",
+        "import jlora",
+        "",
+        f'params = jlora.peft.load("ADAPTER", params, invocation_tokens={tokens})',
+        f"active = jlora.adapters.invoked(ids, {tokens})",
+        "logits = jlora.adapters.activated(model)(params, active, ids)",
+        "```",
+    ]
+
+
+def _merged_or_not(settings: Mapping[str, Any], base: str) -> list[str]:
+    return [
         *_serving(settings, base),
         "",
         "In jlora, onto the parameters of the base in JAX, or merged into its safetensors:",

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from jlora.nodes.form import Form
+from jlora.peft.invocation import SETTING, tokens_of
 from jlora.spec import LoraSpec, modules
 from jlora.spec.methods import METHODS, SCHEDULE
 from jlora.targets.layers import layer_of
@@ -19,6 +20,7 @@ STARTS = ("pissa", "olora")
 NEUTRAL = (None, True, False, "true", "gaussian", "orthogonal", "eva")
 _START_SETTINGS = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "task_type")
 _REPLACED = "rank_pattern", "alpha_pattern"
+_TOLD = (*_START_SETTINGS, *_REPLACED, SETTING)  # of LoRA: not settings of a spec
 # of other methods: how they started, how they are to be trained, and what the tensors tell
 _UNSAID = {
     "ADALORA": f"{SCHEDULE} r rank_pattern",
@@ -59,7 +61,7 @@ class Config:
         for name, ids in given.items() if isinstance(given, Mapping) else [("embed_tokens", given)]:
             if not name or not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
                 raise ValueError(f"trainable_token_indices has {ids!r} for {name!r}; expected is a list of row numbers")
-        _ = self.spec, self.start  # errors at once
+        _ = self.spec, self.start, self.invocation  # errors at once
 
     @cached_property
     def spec(self) -> LoraSpec:
@@ -70,8 +72,7 @@ class Config:
         )
         if not self.is_lora:
             return self._other_spec(is_off)
-        known = (*_START_SETTINGS, *_REPLACED)
-        kept = {name: x for name, x in self.data.items() if name not in known and not is_off(name, x)}
+        kept = {name: x for name, x in self.data.items() if name not in _TOLD and not is_off(name, x)}
         targets = self.data.get("target_modules") or self.data.get("target_parameters") or self._others()
         try:
             spec = LoraSpec.from_peft(kept | ({} if targets else {"target_modules": ["."]}))
@@ -120,6 +121,11 @@ class Config:
             f"init_lora_weights is {given!r}, which changes the base in a way that the file does not tell; convert the "
             "adapter in PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+
+    @cached_property
+    def invocation(self) -> tuple[int, ...] | None:
+        """The tokens after which the adapter acts; None: it acts at all."""
+        return tokens_of(self.data)
 
     @property
     def conv1d(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jlora.peft import mlx
 from jlora.peft.adapter import Adapter
 from jlora.peft.diffusion import DIFFUSERS, KOHYA, kind_of_names, read_diffusion
+from jlora.peft.invocation import Tokens, check_given
 from jlora.peft.keys import PREFIX
 from jlora.peft.pickled import PickledFile
 from jlora.peft.read import PICKLE, check_finite, read
@@ -23,6 +24,7 @@ def read_any(
     component: str | None = None,
     allow_nonfinite: bool = False,
     allow_edited: bool = False,
+    invocation: Tokens = None,
 ) -> Adapter:
     """Reads the adapter at a path, whose tool is told by the files and by the names in them.
 
@@ -31,6 +33,7 @@ def read_any(
       component: which of the adapters in such a file.
       allow_nonfinite: as of `read`.
       allow_edited: as of `read`.
+      invocation: as of `read`.
 
     Raises:
       FileNotFoundError: if there is no such adapter.
@@ -41,7 +44,8 @@ def read_any(
     if kind in (PEFT, MLX) and component is not None:
         raise ValueError(f"{path} has a single adapter; component={component!r} is for files of kohya's and diffusers'")
     if kind == PEFT:
-        return read(path, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited)
+        return read(path, allow_nonfinite=allow_nonfinite, allow_edited=allow_edited, invocation=invocation)
+    check_given(path, None, invocation)
     adapter = mlx.read_mlx(path) if kind == MLX else read_diffusion(_opened(weights_of(path)), kind, component)
     if not allow_nonfinite:
         check_finite(path, adapter)

@@ -13,6 +13,7 @@ from jlora.peft.adapter import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Filed,
 from jlora.peft.attention import owner
 from jlora.peft.config import Config
 from jlora.peft.files import locked
+from jlora.peft.invocation import Tokens, check_given
 from jlora.peft.keys import ECHOES, SHARED, parse
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.pickled import PickledFile
@@ -23,7 +24,9 @@ PICKLE = "adapter_model.bin"  # what most adapters of PEFT before 0.5 have
 Roles = dict[str, str]
 
 
-def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: bool = False) -> Adapter:
+def read(
+    directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: bool = False, invocation: Tokens = None
+) -> Adapter:
     """Reads the adapter that PEFT, or `jlora.peft.save`, wrote into a directory.
 
     Args:
@@ -31,6 +34,7 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
         ``adapter_model.bin``, of which the pickle is not run.
       allow_nonfinite: take NaN and infinite values as they are.
       allow_edited: take settings that are not those of the save of the weights.
+      invocation: the tokens after which the adapter acts, as the caller knows them; None: it acts at all.
 
     Raises:
       FileNotFoundError: if one of the files is missing.
@@ -43,6 +47,7 @@ def read(directory: str | Path, *, allow_nonfinite: bool = False, allow_edited: 
         file = TensorFile(directory / WEIGHTS) if has_weights else PickledFile(directory / PICKLE)
         settings = beside(file, allow_edited)
     config = _config(directory / CONFIG, settings)
+    check_given(directory / CONFIG, config.invocation, invocation)
     integers = () if config.form is None else config.form.integers
     check_types(file, [name for name in file if name.rpartition(".")[2] not in integers])
     adapter = _adapter(file, config)

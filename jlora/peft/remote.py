@@ -14,6 +14,7 @@ from jlora.peft.card import CARD
 from jlora.peft.files import locked
 from jlora.peft.foreign import SINGLE as DIFFUSERS
 from jlora.peft.hub import Repository, is_name
+from jlora.peft.invocation import ANY
 from jlora.peft.models import INDEX, SINGLE, shards_of
 from jlora.peft.read import PICKLE, check_there, read
 from jlora.peft.settings import CONFIG, WEIGHTS, beside
@@ -189,7 +190,7 @@ def _check_whole(directory: Path) -> None:
             f"peft.push: {directory} has {PICKLE}, a pickle, and no {WEIGHTS}; make safetensors of it: "
             "jlora convert DIRECTORY OUT --to peft"
         )
-    read(directory, allow_nonfinite=True)
+    read(directory, allow_nonfinite=True, invocation=ANY)
     if beside(TensorFile(directory / WEIGHTS)) != read_json(directory / CONFIG):
         raise ValueError(
             f"peft.push: {directory / CONFIG} is of an earlier save than {WEIGHTS}, which was cut off; save it again"

@@ -19,6 +19,7 @@ from jlora.peft.card import checked_task, write_card
 from jlora.peft.collect import Collected
 from jlora.peft.config import Scale
 from jlora.peft.files import locked
+from jlora.peft.invocation import Tokens, settings_with
 from jlora.peft.keys import PREFIX, SHARED, TOKENS, WHOLE
 from jlora.peft.names import HEAD, TABLES
 from jlora.peft.read import nesting
@@ -26,7 +27,13 @@ from jlora.peft.settings import CONFIG, WEIGHTS, header
 from jlora.peft.tensors import TensorInfo, write_json, write_tensors
 
 
-def write(directory: Path, collected: Collected, base_model: str | None = None, task_type: str | None = None) -> None:
+def write(
+    directory: Path,
+    collected: Collected,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    invocation: Tokens = None,
+) -> None:
     """Writes ``adapter_model.safetensors``, ``adapter_config.json`` and a card, each whole or not at all.
 
     Raises:
@@ -40,6 +47,7 @@ def write(directory: Path, collected: Collected, base_model: str | None = None, 
         settings["target_modules"] = sorted(
             n for n, update in _outermost(adapter).updates.items() if update.kind != EXPERTS
         )
+    settings = settings_with(settings, {getattr(x, "kind", "linear") for x in adapter.updates.values()}, invocation)
     saved = {name: x for name, x in frozen.items() if _is_of(name, settings["modules_to_save"] or ())}
     if _is_of_norms(adapter):
         saved = frozen

@@ -34,7 +34,7 @@ REFUSED = {
     "kasa_config": _OTHER.format("KaSA"),
     "use_bdlora": _OTHER.format("BD-LoRA"),
     "use_qalora": _OTHER.format("QA-LoRA"),
-    "alora_invocation_tokens": _OTHER.format("Activated LoRA"),
+    "alora_invocation_tokens": "wrap without it; jlora.adapters.activated runs the tree, and peft.save writes it",
     "rank_dropout": _DROPOUT,
     "module_dropout": _DROPOUT,
     "boft_dropout": _DROPOUT,

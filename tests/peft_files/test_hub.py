@@ -371,6 +371,14 @@ def test_what_is_pushed_is_loaded(hub, saved, tmp_path):
     assert_is(loaded("me/new", token=TOKEN), "v2")
 
 
+def test_an_activated_adapter_is_pushed_and_loaded(hub):
+    jlora.peft.save("adapter", TREES["v1"], invocation_tokens=[3, 1])
+    jlora.peft.push("adapter", "me/new", token=TOKEN)
+    assert_is(loaded("me/new", token=TOKEN, invocation_tokens=[3, 1]), "v1")
+    with pytest.raises(ValueError, match="is activated"):
+        loaded("me/new", token=TOKEN)
+
+
 def test_a_push_to_a_branch(hub, saved):
     url = jlora.peft.push(saved / "v1", NAME, token=TOKEN, revision="tried")
     assert url == f"{constants.ENDPOINT}/{NAME}/tree/tried"

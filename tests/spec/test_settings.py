@@ -366,7 +366,7 @@ REFUSED = {
     "eva_config": ({"corda_config": {}, "eva_config": {"rho": 2.0}}, "jlora.init.eva"),
     "replication": ({"layer_replication": [[0, 4], [2, 6]]}, "repeat them in the tree"),
     "megatron": ({"megatron_config": {"a": 1}}, "can't be honoured: it is of Megatron's own layers"),
-    "alora": ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
+    "alora": ({"alora_invocation_tokens": [1]}, "jlora.adapters.activated runs the tree"),
     "qalora": ({"use_qalora": True}, "QA-LoRA is another method"),
     "bdlora": ({"use_bdlora": True}, "BD-LoRA is another method"),
     "corda's": ({"corda_config": {"a": 1}}, "jlora.init.corda"),
