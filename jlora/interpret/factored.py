@@ -164,6 +164,10 @@ class Factored(Tracked):
     def unmerged(self) -> Factored:
         return self._without("merged")
 
+    def anywhere(self) -> Factored:
+        """The same with factors that act at all tokens."""
+        return self._without("active")
+
     def merged_ahead(self) -> Factored:
         """The same, merged: where dropout is off, and there is something to merge."""
         is_more = self.weights is not None or self.active is not None

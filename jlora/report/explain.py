@@ -172,7 +172,8 @@ def explain(fn: Callable[..., Any], tree: Any, *args: Any, **kwargs: Any) -> Exp
         jax.eval_shape(run(interpreter, settings), arrays)
 
     def on_tree(tree: Any, rest: Any) -> list[Any]:  # without groups, in which adapters share products
-        return _arrays_only(_runner(fn, _silent(always, {}), Settings())(tree, *rest[0], **rest[1]))
+        whole = Interpreter({}, lambda _, weight, *__: weight.anywhere().dense(), inline=True, always=always)
+        return _arrays_only(_runner(fn, whole, Settings())(tree, *rest[0], **rest[1]))
 
     rest_arrays, rest_of = split_arrays((args, kwargs))
     names = [use.path for use in uses.values()]
@@ -189,8 +190,8 @@ def _runner(fn: Any, walk: Interpreter, settings: Settings) -> Callable[..., Any
     return fn.run_by(of) if hasattr(fn, "run_by") else of(fn)
 
 
-def _silent(always: Mapping[str, Any], rules: Mapping[str, Any] = RULES) -> Interpreter:
-    return Interpreter(dict(rules), lambda _, weight, *__: weight.dense(), inline=True, always=always)
+def _silent(always: Mapping[str, Any]) -> Interpreter:
+    return Interpreter(RULES, lambda _, weight, *__: weight.dense(), inline=True, always=always)
 
 
 def _settings(found: Sequence[Settings]) -> Settings:

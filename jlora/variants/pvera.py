@@ -6,16 +6,15 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.factors.mersenne import Generator
-from jlora.interpret.factored import Factored, low_rank
+from jlora.interpret.factored import Factored
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import frozen, static, trained
 from jlora.nodes.kernel import Kernel
 from jlora.nodes.node import AdaptedParam
-from jlora.variants.vera import VeraForm, kaiming, rows_of
+from jlora.variants.vera import VeraForm, between, kaiming, started
 
 
 class _Form(VeraForm):
@@ -83,28 +82,12 @@ class PveraParam(AdaptedParam):
     @classmethod
     def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> PveraParam:
         del key
-        rank, dtype, start, seed = kernel.spec.rank, kernel.dtype, *map(kernel.option, ("d_initial", "projection_seed"))
-        if type(seed) is not int or not isinstance(start, (int, float)):
-            kernel.refuse("options", "projection_seed is an integer, and d_initial a number", dict(kernel.spec.options))
-        keys = jax.random.split(jax.random.key(seed))
-        a, b = rows_of(keys[0], kernel.size("in"), 2 * rank), rows_of(keys[1], kernel.size("out"), rank).T
-        return cls(
-            base,
-            (a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in both", both=2 * rank)),
-            (b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("half out", half=rank)),
-            jnp.full(kernel.sizes("batch both", both=2 * rank), start, dtype),
-            jnp.zeros(kernel.sizes("batch out"), dtype),
-            dropout=kernel.spec.dropout,
-            **kernel.place,
-        )
+        return cls(base, *started(kernel, 2 * kernel.spec.rank), dropout=kernel.spec.dropout, **kernel.place)
 
     @property
     def settings(self) -> dict[str, Any]:
         return super().settings | {"rank": self.lambda_d.shape[-1] // 2}
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
-        n, rank = len(self.axes.batch_axis), self.lambda_d.shape[-1] // 2
-        d = jnp.expand_dims(self.lambda_d[..., :rank], [n + 1 + i for i in range(len(self.axes.out_axis))])
-        b = self.pvera_b * d * jnp.expand_dims(self.lambda_b, n)
-        factors = self.laid(self.pvera_a[..., :rank], "in rank"), self.laid(b, "batch rank out")
-        return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
+        rank = self.lambda_d.shape[-1] // 2
+        return between(self, self.pvera_a[..., :rank], self.lambda_d[..., :rank], self.pvera_b, name, key)

@@ -84,33 +84,40 @@ class VeraParam(AdaptedParam):
     @classmethod
     def create(cls, base: Any, kernel: Kernel, key: jax.Array) -> VeraParam:
         del key
-        rank, dtype = kernel.spec.rank, kernel.dtype
-        if type(kernel.option("projection_seed")) is not int:
-            kernel.refuse("options['projection_seed']", "it is an integer", kernel.option("projection_seed"))
-        if not isinstance(kernel.option("d_initial"), (int, float)):
-            kernel.refuse("options['d_initial']", "it is a number", kernel.option("d_initial"))
-        keys = jax.random.split(jax.random.key(kernel.option("projection_seed")))
-        vera_a, vera_b = rows_of(keys[0], kernel.size("in"), rank), rows_of(keys[1], kernel.size("out"), rank).T
-        return cls(
-            base,
-            (vera_a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in rank", rank=rank)),
-            (vera_b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("rank out", rank=rank)),
-            jnp.full(kernel.sizes("batch rank", rank=rank), kernel.option("d_initial"), dtype),
-            jnp.zeros(kernel.sizes("batch out"), dtype),
-            dropout=kernel.spec.dropout,
-            **kernel.place,
-        )
+        return cls(base, *started(kernel, kernel.spec.rank), dropout=kernel.spec.dropout, **kernel.place)
 
     @property
     def settings(self) -> dict[str, Any]:
         return super().settings | {"rank": self.vera_a.shape[-1]}
 
     def effective(self, name: str, key: jax.Array | None) -> Factored:
-        n = len(self.axes.batch_axis)
-        d = jnp.expand_dims(self.lambda_d, [n + 1 + i for i in range(len(self.axes.out_axis))])
-        b = self.vera_b * d * jnp.expand_dims(self.lambda_b, n)
-        factors = self.laid(self.vera_a, "in rank"), self.laid(b, "batch rank out")
-        return low_rank(self.base, *factors, key=key if self.dropout else None, name=name, dropout=self.dropout)
+        return between(self, self.vera_a, self.lambda_d, self.vera_b, name, key)
+
+
+def started(kernel: Kernel, width: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A of so many columns, B of the rank, d of as many numbers as A has columns, and b: as they start."""
+    seed, initial, rank, dtype = *map(kernel.option, ("projection_seed", "d_initial")), kernel.spec.rank, kernel.dtype
+    if type(seed) is not int:
+        kernel.refuse("options['projection_seed']", "it is an integer", seed)
+    if not isinstance(initial, (int, float)):
+        kernel.refuse("options['d_initial']", "it is a number", initial)
+    keys = jax.random.split(jax.random.key(seed))
+    a, b = rows_of(keys[0], kernel.size("in"), width), rows_of(keys[1], kernel.size("out"), rank).T
+    return (
+        (a * (6 / kernel.size("in")) ** 0.5).astype(dtype).reshape(kernel.sizes("in n", n=width)),
+        (b * (6 / rank) ** 0.5).astype(dtype).reshape(kernel.sizes("n out", n=rank)),
+        jnp.full(kernel.sizes("batch n", n=width), initial, dtype),
+        jnp.zeros(kernel.sizes("batch out"), dtype),
+    )
+
+
+def between(node: Any, a: jax.Array, d: jax.Array, b: jax.Array, name: str, key: jax.Array | None) -> Factored:
+    """A diag(d) B diag(b) beside the base of a node, which has b and the dropout."""
+    n = len(node.axes.batch_axis)
+    scales = jnp.expand_dims(d, [n + 1 + i for i in range(len(node.axes.out_axis))])
+    scaled = b * scales * jnp.expand_dims(node.lambda_b, n)
+    factors = node.laid(a, "in rank"), node.laid(scaled, "batch rank out")
+    return low_rank(node.base, *factors, key=key if node.dropout else None, name=name, dropout=node.dropout)
 
 
 def kaiming(generator: Generator, rows: int, columns: int) -> np.ndarray:

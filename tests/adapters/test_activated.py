@@ -170,6 +170,12 @@ def test_tables_and_convolutions_are_refused():
         jlora.adapters.activated(conv)(tree, ACTIVE, X)
 
 
+def test_explain_tells_its_uses(tree):
+    found = jlora.explain(jlora.adapters.activated(model), tree, ACTIVE, X)
+    assert {use.path for use in found.uses} == {"layers/up/kernel", "layers/down/kernel", "head/kernel"}
+    assert all(use.factored for use in found.uses)
+
+
 @pytest.mark.parametrize("active", [ACTIVE.astype(int), ACTIVE[0], np.float32(1)])
 def test_active_is_a_mask_of_rows_and_tokens(tree, active):
     with pytest.raises(TypeError, match=r"booleans of shape \(rows, tokens\), found"):
