@@ -15,8 +15,11 @@ from jlora.adapters.rows import Batched, by_row, stopped
 from jlora.apply import FALLBACKS
 from jlora.interpret.factored import Factored
 from jlora.nodes.fields import frozen, trained
-from jlora.nodes.node import AdaptedParam, is_node
+from jlora.nodes.node import AdaptedParam, TrainableParam, is_node
 from jlora.targets.named import Names
+from jlora.targets.paths import flatten
+from jlora.variants.bias import GainedBiasParam, LoraBiasParam
+from jlora.variants.tokens import TokensParam
 
 
 def activated(
@@ -76,7 +79,8 @@ def invoked(ids: Any, tokens: Sequence[int]) -> jax.Array:
 
     Args:
       ids: token ids, of shape (rows, length).
-      tokens: the ids of the invocation, in their order, as PEFT's ``alora_invocation_tokens``.
+      tokens: the ids of the invocation, in their order, as PEFT's ``alora_invocation_tokens``; known when the function
+        is compiled.
 
     Returns:
       Booleans of shape (rows, length): all False in a row without the invocation.
@@ -91,7 +95,13 @@ def invoked(ids: Any, tokens: Sequence[int]) -> jax.Array:
       Array([[0, 0, 0, 0, 1, 1, 1],
              [0, 0, 0, 0, 0, 0, 0]], dtype=int32)
     """
-    wanted, ids = np.asarray(tokens), jnp.asarray(ids)
+    try:
+        wanted, ids = np.asarray(tokens), jnp.asarray(ids)
+    except (ValueError, TypeError) as error:  # ragged, or traced
+        raise ValueError(
+            "invoked: ids are one array (rows, length), padded, and tokens a list of whole numbers that is known when "
+            "the function is compiled"
+        ) from error
     if wanted.ndim != 1 or not wanted.size or wanted.dtype.kind not in "iu":
         raise ValueError(f"invoked: tokens are the ids of an invocation, such as [49152, 12], found {tokens!r}")
     if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -125,8 +135,21 @@ class Activated(Batched):
 
 
 def _check(tree: Any) -> None:
-    if not any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node))):
+    """Refuses a tree without adapters, or with what would act at all tokens."""
+    paths, leaves, _ = flatten(tree, is_node)
+    nodes = [(path, leaf) for path, leaf in zip(paths, leaves, strict=True) if is_node(leaf)]
+    if not nodes:
         raise ValueError("activated: its first argument is a wrapped tree; nothing in this one is wrapped")
+    for path, node in nodes:
+        if found := next((what for kinds, what in _EVERYWHERE if isinstance(node, kinds)), None):
+            raise TypeError(f"activated: {path} {found}, so it would act at all tokens; wrap without it")
+
+
+_EVERYWHERE = (
+    (TrainableParam, "is trained in full, by train= or bias="),
+    (TokensParam, "has rows that are trained, by train_tokens="),
+    ((LoraBiasParam, GainedBiasParam), "is the bias of an adapter"),
+)
 
 
 @jax.tree_util.register_dataclass

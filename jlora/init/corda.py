@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.init.batches import adapted, some
+from jlora.init.batches import adapted, checked, some
 from jlora.init.eva import moments
 from jlora.nodes.fields import mapped, matrices
 from jlora.nodes.qarray import dense
@@ -29,7 +29,7 @@ def corda(
     Args:
       fn: an unchanged function ``fn(params, batch)``, such as a model's; its results need not be a loss, but gradients
         must be able to flow to them.
-      tree: a wrapped tree.
+      tree: a wrapped tree of LoRA, DoRA or LoRA-FA. What was trained in it is replaced.
       batches: a few batches, each given to `fn` as it is. A kernel's inputs should be many more rows than it has
         inputs: PEFT advises 256 samples of 2,048 tokens for 4,096 inputs.
       mode: ``"ipm"`` (instruction-previewed) takes the largest singular values, for batches of the task to learn;
@@ -42,7 +42,7 @@ def corda(
 
     Raises:
       ValueError: if there are no batches, nothing has low-rank factors, `mode` is none of the two, or damp isn't
-        positive.
+        positive; if no input reaches any adapted kernel, or some are not finite (under `jax.jit` neither is seen).
       TypeError: if `batches` is an array.
 
     Example:
@@ -63,7 +63,8 @@ def corda(
         raise ValueError(f"corda: damp must be positive, found {damp!r}: without it a covariance may have no inverse")
     paths, nodes, put = adapted("corda", tree)
     found = moments("corda", fn, tree, some("corda", batches))
-    return put([_from_parts(node, found[path], mode, damp) for path, node in zip(paths, nodes, strict=True)])
+    inputs = checked("corda", paths, [found[path] for path in paths], "inputs")
+    return put([_from_parts(node, x, mode, damp) for node, x in zip(nodes, inputs, strict=True)])
 
 
 def _parts(matrix: jax.Array, moment: jax.Array, rank: int, scale: float, mode: str, damp: float) -> tuple[Any, Any]:

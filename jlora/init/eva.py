@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.apply import apply
-from jlora.init.batches import adapted, jitted, size, some, summed
-from jlora.init.ranks import checked, largest, shared_out
+from jlora.init.batches import adapted, checked, jitted, size, some, summed
+from jlora.init.ranks import largest, ratio, shared_out
 from jlora.interpret.factored import Factored, low_rank
 from jlora.nodes.axes import Axes
 from jlora.nodes.fields import PAIR, frozen, sizes_of, static, trained
@@ -37,20 +37,23 @@ def eva(
     Args:
       fn: an unchanged function ``fn(params, batch)``, such as a model's; its results need not be a loss, but gradients
         must be able to flow to them.
-      tree: a wrapped tree.
+      tree: a wrapped tree of LoRA, DoRA or LoRA-FA. What was trained in it is replaced.
       batches: a few batches, each given to `fn` as it is.
       passes: over the batches.
       seed: of the start of the iteration.
-      rho: how far ranks may move. 1 leaves them as they are. Above, the ranks of all kernels together are shared out
-        anew, to the directions that explain the largest shares of their kernels' inputs; no rank grows to more than rho
-        times what it was, and a kernel that gets none is left without an adapter. Scales stay. PEFT's default is 2.
-        Kernels in one stack get one rank, by the mean of their shares. It takes one pass more.
+      rho: how far ranks may move. 1 leaves them as they are. Above, all kernels' ranks together are shared out anew.
+        Each direction explains a share of the variance of its kernel's inputs; the directions of all kernels are sorted
+        by it, and the first ones get the ranks. No rank grows to more than rho times what it was. A kernel that gets
+        none is left without an adapter. A scale s stays what it was, so it is no longer alpha / r of the new rank, as
+        in PEFT, whose default of rho is 2. Kernels in one stack get one rank, by the mean of their shares. Kernels with
+        the same inputs may differ by one, where the ranks end. It takes one pass more.
 
     Returns:
       The tree with lora_a of orthonormal columns, the inputs' directions of most variance first, and lora_b zero.
 
     Raises:
-      ValueError: if there are no batches, or nothing has low-rank factors, rho is no number of at least 1, or it is
+      ValueError: if there are no batches, or nothing has low-rank factors; if no input reaches any adapted kernel, or
+        some are not finite (under `jax.jit` neither is seen); if passes or rho is no number of at least 1, or rho is
         more than 1 under `jax.jit`, where shapes can't depend on data.
       TypeError: if `batches` is an array.
 
@@ -75,15 +78,17 @@ def eva(
       Paischer et al., "One Initialization to Rule them All: Fine-tuning via Explained Variance Adaptation",
       arXiv:2410.07170.
     """
-    _, nodes, put = adapted("eva", tree)
-    batches, rho = some("eva", batches), checked(rho, nodes)
+    paths, nodes, put = adapted("eva", tree)
+    batches, rho = some("eva", batches), ratio(rho, nodes)
+    if type(passes) is not int or passes < 1:
+        raise ValueError(f"eva: passes must be an integer of at least 1, found {passes!r}")
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     most = [largest(node, rho, min(size(node, "in"), size(node, "out"))) for node in nodes]
     columns = [_start(*each) for each in zip(nodes, most, keys, strict=True)]
 
     products = _products("eva", fn, batches)
     once = lambda columns: summed(products(columns, tree, batch) for batch in batches)
-    found = once(columns)
+    found = checked("eva", paths, once(columns), "inputs")
     for _ in range(passes - 1):
         columns = [_orthonormal(node, x) for node, x in zip(nodes, found, strict=True)]
         found = once(columns)

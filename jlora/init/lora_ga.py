@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jlora.apply import apply
 from jlora.factors.spectral import leading
-from jlora.init.batches import adapted, jitted, size, some, summed
+from jlora.init.batches import adapted, checked, jitted, size, some, summed
 from jlora.nodes.fields import mapped, matrices
 from jlora.nodes.qarray import dense
 from jlora.tree import unwrap
@@ -29,7 +29,7 @@ def lora_ga(
 
     Args:
       loss: an unchanged scalar function ``loss(params, batch)``.
-      tree: a wrapped tree.
+      tree: a wrapped tree of LoRA, DoRA or LoRA-FA. What was trained in it is replaced.
       batches: a few batches; their gradients are summed. A gradient of every target is held at once.
       gamma: the smaller, the larger the factors.
       niter: rounds of subspace iteration of the decomposition.
@@ -39,7 +39,8 @@ def lora_ga(
       The tree with those factors; `jlora.to_plain_lora` turns it into plain LoRA of rank 2r.
 
     Raises:
-      ValueError: if there are no batches, nothing has low-rank factors, or a kernel is too small for rank 2r.
+      ValueError: if there are no batches, nothing has low-rank factors, or a kernel is too small for rank 2r; if no
+        gradient reaches any adapted kernel, or some are not finite (under `jax.jit` neither is seen).
       TypeError: if `batches` is an array.
 
     Example:
@@ -66,7 +67,7 @@ def lora_ga(
 
     gradient = jitted(jax.grad(plain), batches)
     bases = [dense(node.base) for node in nodes]
-    grads = summed(gradient(bases, tree, batch) for batch in batches)
+    grads = checked("lora_ga", paths, summed(gradient(bases, tree, batch) for batch in batches), "gradients")
     keys = jax.random.split(jax.random.key(seed), len(nodes))
     return put([_from_gradient(*each, gamma, niter) for each in zip(nodes, grads, keys, strict=True)])
 

@@ -12,7 +12,7 @@ from jlora.interpret.compat import is_traced
 from jlora.nodes.fields import sizes_of
 
 
-def checked(rho: Any, nodes: Sequence[Any]) -> float:
+def ratio(rho: Any, nodes: Sequence[Any]) -> float:
     """The setting, if ranks can be chosen by it."""
     if not isinstance(rho, (int, float)) or isinstance(rho, bool) or not 1 <= rho < math.inf:
         raise ValueError(f"eva: rho must be a number of at least 1, found {rho!r}; 1 leaves all ranks as they are")

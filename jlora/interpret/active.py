@@ -30,8 +30,8 @@ def acting(h: jax.Array, active: Any, name: str) -> jax.Array:
     if [h.shape[i] for i in wide] != ([active.size] if active.size != 1 else []):
         raise ValueError(
             f"activated: {name} is multiplied with vectors of shape {(*h.shape[:-1],)} for one row; expected is one "
-            f"for each of the row's {active.size} tokens, (1, {active.size}). Leave this kernel out of the adapter: "
-            "what is no product with tokens can't be active at some of them"
+            f"for each of the {active.size} tokens that `active` has, (1, {active.size}). Give `active` for all tokens "
+            "of the call; or, if this is no product with tokens, leave the kernel out of the adapter"
         )
     mask = active.reshape([h.shape[i] if i in wide else 1 for i in range(h.ndim)])
     return jnp.where(mask, h, jnp.zeros_like(h))

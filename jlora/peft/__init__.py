@@ -201,7 +201,8 @@ def save(
         all layers.
       allow_nonfinite: write NaN and infinite values as they are.
       invocation_tokens: write an activated adapter (aLoRA), which acts from the last occurrence of these token ids in a
-        row on: one that was trained by `jlora.adapters.activated`. It is of the task ``"CAUSAL_LM"``.
+        row on: one that was trained by `jlora.adapters.activated`. It is of the task ``"CAUSAL_LM"``. A tree does not
+        know its tokens: name them at each save.
 
     Raises:
       TypeError: if nothing in the tree is wrapped.

@@ -125,7 +125,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
         "Target parameters": _named(settings.get("target_parameters")),
         "Biases": None if settings.get("bias", "none") == "none" else _named([settings["bias"]]),
         "Trained in full": _named(settings["modules_to_save"]),
-        "Acts after the tokens": ", ".join(map(str, settings.get(SETTING) or ())),
+        "Acts from the last of these tokens on": ", ".join(map(str, settings.get(SETTING) or ())),
         "Tables with trained rows": _named(settings.get("trainable_token_indices")),
         "Task": _named([settings["task_type"]] if settings["task_type"] else None),
     }

@@ -31,7 +31,7 @@ def check_given(path: Path | str, found: tuple[int, ...] | None, given: Tokens) 
     """Refuses an adapter that acts at other tokens than the caller says; None is all of them."""
     if given is ANY:
         return
-    expected = None if given is None else tuple(map(int, np.asarray(given).reshape(-1)))
+    expected = None if given is None else ids_of("peft.load", given)
     if found == expected:
         return
     if found is None:
@@ -43,7 +43,21 @@ def check_given(path: Path | str, found: tuple[int, ...] | None, given: Tokens) 
             f"with jlora.peft.load(..., invocation_tokens={told}), and run the tree by "
             f"jlora.adapters.activated(fn)(tree, jlora.adapters.invoked(ids, {told}), ids). It has no merged form"
         )
-    raise ValueError(f"{path} acts after the tokens {told}, and invocation_tokens are {[*expected]}")
+    raise ValueError(f"{path} acts from the tokens {told} on, and invocation_tokens are {[*expected]}")
+
+
+def ids_of(caller: str, given: Any) -> tuple[int, ...]:
+    """Token ids that a caller gives.
+
+    Raises:
+      ValueError: if they are none.
+    """
+    ids = np.asarray(given)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0:
+        raise ValueError(
+            f"{caller}: invocation_tokens are the ids of an invocation, such as [49152, 12], found {given!r}"
+        )
+    return tuple(ids.tolist())
 
 
 def settings_with(settings: dict[str, Any], kinds: set[str], tokens: Tokens) -> dict[str, Any]:
@@ -54,11 +68,7 @@ def settings_with(settings: dict[str, Any], kinds: set[str], tokens: Tokens) -> 
     """
     if tokens is None:
         return settings
-    given = np.asarray(tokens)
-    if given.ndim != 1 or not given.size or given.dtype.kind not in "iu" or given.min() < 0:
-        raise ValueError(
-            f"peft.save: invocation_tokens are the ids of an invocation, such as [49152, 12], found {tokens!r}"
-        )
+    ids = ids_of("peft.save", tokens)
     wrong = {
         "another method than LoRA": settings["peft_type"] != "LORA",
         "DoRA": settings.get("use_dora"),
@@ -66,8 +76,8 @@ def settings_with(settings: dict[str, Any], kinds: set[str], tokens: Tokens) -> 
         "leaves that are trained in full": settings.get("modules_to_save"),
         "tables with trained rows": settings.get("trainable_token_indices"),
         "other kernels than those of linear layers": kinds - {"linear"},
-        f"the task {settings['task_type']}": settings["task_type"] not in (None, "CAUSAL_LM"),
+        f"the task {settings['task_type']}, not CAUSAL_LM": settings["task_type"] not in (None, "CAUSAL_LM"),
     }
     if found := next((what for what, is_so in wrong.items() if is_so), None):
         raise ValueError(f"peft.save: with invocation_tokens, PEFT takes LoRA of linear layers alone; this has {found}")
-    return settings | {SETTING: given.tolist(), "task_type": "CAUSAL_LM"}
+    return settings | {SETTING: [*ids], "task_type": "CAUSAL_LM"}

@@ -120,12 +120,25 @@ def test_variants_whose_update_is_a_product_act_so_and_the_others_are_refused(va
     assert error(run(tree, ACTIVE, X), expected) <= 5e-6
 
 
-def test_what_trains_in_full_is_refused():
-    spec = jlora.LoraSpec(
-        targets="layers/*/kernel", train=("head",), axes={"layers/*/kernel": jlora.Axes((1,), (2,), (0,))}
-    )
-    with pytest.raises(TypeError, match=r"activated: head/bias is a TrainableParam|activated: head/kernel is a Train"):
-        RUN(jlora.wrap(BASE, spec), ACTIVE, X)
+EVERYWHERE = {
+    "trained in full": ({"train": ("head",)}, "head/bias is trained in full, by train= or bias="),
+    "biases": ({"targets": "head/kernel", "bias": "lora_only"}, "head/bias is trained in full, by train= or bias="),
+    "of B": ({"targets": "head/kernel", "lora_bias": True}, "head/bias is the bias of an adapter"),
+    "rows": ({"train_tokens": {"table": (1, 2)}}, "table has rows that are trained, by train_tokens="),
+}
+
+
+@pytest.mark.parametrize("what", EVERYWHERE)
+def test_what_would_act_at_all_tokens_is_refused(what):
+    settings, told = EVERYWHERE[what]
+    settings = {"targets": "layers/*/kernel", "rank": 2} | settings
+    axes = {"layers/*/kernel": jlora.Axes((1,), (2,), (0,)), "table": jlora.Axes((0,), (1,))}
+    used = {
+        name: x for name, x in axes.items() if name == settings["targets"] or name in settings.get("train_tokens", ())
+    }
+    params = BASE | {"table": jnp.ones((9, WIDTH))}
+    with pytest.raises(TypeError, match=f"activated: {told}"):
+        RUN(jlora.wrap(params, jlora.LoraSpec(**settings, axes=used)), ACTIVE, X)
 
 
 def test_tokens_have_one_reading():
@@ -228,3 +241,10 @@ def test_invoked(tokens):
 def test_what_invokes_are_whole_numbers(ids, tokens):
     with pytest.raises(ValueError, match=r"invoked: (tokens are the ids|ids are whole numbers)"):
         jlora.adapters.invoked(np.array(ids), tokens)
+
+
+def test_ids_are_padded_and_tokens_known():
+    with pytest.raises(ValueError, match=r"invoked: ids are one array .* padded"):
+        jlora.adapters.invoked([[1, 2], [1]], [1])
+    with pytest.raises(ValueError, match="tokens a list of whole numbers that is known"):
+        jax.jit(lambda tokens: jlora.adapters.invoked(jnp.ones((2, 3), int), tokens))(jnp.array([1]))

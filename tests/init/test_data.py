@@ -232,6 +232,26 @@ def test_eva_leaves_a_kernel_that_explains_little_without_an_adapter():
     assert error(jlora.apply(fn)(after, x), fn(params, x)) <= 1e-6
 
 
+STARTS = [jlora.init.eva, jlora.init.corda, jlora.init.lora_ga]
+
+
+@pytest.mark.parametrize("init", STARTS)
+def test_data_that_tell_nothing_are_refused(init):
+    tree, total = wrapped(), lambda params, x: model(params, x).sum()
+    with pytest.raises(ValueError, match=f"{init.__name__}: the .* of all adapted kernels are zero: no gradient flows"):
+        init(lambda params, x: model(PARAMS, x).sum(), tree, BATCHES)
+    with pytest.raises(ValueError, match=f"{init.__name__}: the .* of head have NaN or infinite values"):
+        init(total, tree, [BATCHES[0].at[0, 0].set(jnp.nan)])
+    with pytest.raises(ValueError, match=f"{init.__name__}: this tree holds 2 adapters"):
+        init(total, jlora.adapters.stack([tree, tree]), BATCHES)
+
+
+@pytest.mark.parametrize("passes", [0, -1, 2.0, True])
+def test_passes_are_counted(passes):
+    with pytest.raises(ValueError, match="eva: passes must be an integer of at least 1"):
+        jlora.init.eva(model, wrapped(), BATCHES, passes=passes)
+
+
 @pytest.mark.parametrize("rho", [0.5, float("nan"), float("inf"), "2", True])
 def test_rho_is_a_number_of_at_least_one(rho):
     with pytest.raises(ValueError, match=r"rho must be a number of at least 1, found"):

@@ -45,7 +45,7 @@ def test_the_tokens_are_asked_for(directory, tmp_path):
             "layers": {str(i): {p: {"kernel": jnp.ones((6, 6))} for p in ("q_proj", "v_proj")} for i in range(2)}
         }
         jlora.adapters.Pool(kernels, capacity=1, rank=2).put("a", directory)
-    with pytest.raises(ValueError, match=r"acts after the tokens \[4, 0, 9\], and invocation_tokens are \[4, 9\]"):
+    with pytest.raises(ValueError, match=r"acts from the tokens \[4, 0, 9\] on, and invocation_tokens are \[4, 9\]"):
         jlora.peft.load(directory, nested(STATE), invocation_tokens=[4, 9])
     jlora.peft.save(tmp_path / "b", TREE)
     with pytest.raises(ValueError, match="its adapter acts at all tokens; leave out invocation_tokens"):
@@ -61,7 +61,7 @@ def test_commands_do_not_merge_it(directory, tmp_path, capsys):
 
 def test_the_card_says_so(directory):
     card = (directory / "README.md").read_text()
-    assert "# Activated LoRA adapter" in card and "Acts after the tokens: 4, 0, 9" in card
+    assert "# Activated LoRA adapter" in card and "Acts from the last of these tokens on: 4, 0, 9" in card
     assert "invocation_tokens=[4, 0, 9]" in card and "jlora.adapters.invoked(ids, [4, 0, 9])" in card
     assert "jlora merge" not in card and "vllm" not in card
 
@@ -75,6 +75,9 @@ def test_invocations_are_token_ids(directory, tmp_path, tokens):
     path.write_text(json.dumps(settings_of(directory) | {"alora_invocation_tokens": tokens}))
     with pytest.raises(ValueError, match="alora_invocation_tokens must be a list of token ids"):
         jlora.peft.load(directory, nested(STATE), invocation_tokens=TOKENS, allow_edited=True)
+    jlora.peft.save(directory, TREE, invocation_tokens=TOKENS)
+    with pytest.raises(ValueError, match=r"peft.load: invocation_tokens are the ids"):
+        jlora.peft.load(directory, nested(STATE), invocation_tokens=tokens)
 
 
 def tree_of(**settings):
