@@ -87,6 +87,7 @@ PICTURES = {
     "08_adapter_is_a_value": 2,
     "09_nnx": 0,
     "10_many_adapters": 0,
+    "11_comparison": 0,
 }
 
 

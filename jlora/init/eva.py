@@ -44,9 +44,9 @@ def eva(
       rho: how far ranks may move. 1 leaves them as they are. Above, all kernels' ranks together are shared out anew.
         Each direction explains a share of the variance of its kernel's inputs; the directions of all kernels are sorted
         by it, and the first ones get the ranks. No rank grows to more than rho times what it was. A kernel that gets
-        none is left without an adapter. A scale s stays what it was, so it is no longer alpha / r of the new rank, as
-        in PEFT, whose default of rho is 2. Kernels in one stack get one rank, by the mean of their shares. Kernels with
-        the same inputs may differ by one, where the ranks end. It takes one pass more.
+        none is left without an adapter. Scales stay what they were; PEFT changes alpha for that, and its default of rho
+        is 2. Kernels in one stack get one rank, by the mean of their shares. Kernels with the same inputs may differ by
+        one, where the ranks end. It takes one pass more.
 
     Returns:
       The tree with lora_a of orthonormal columns, the inputs' directions of most variance first, and lora_b zero.
@@ -65,7 +65,7 @@ def eva(
       >>> jnp.abs(params["w"].lora_a[:, 0])
       Array([0., 1., 0., 0.], dtype=float32)
 
-      Ranks that follow the data: the inputs of ``v`` lie in one direction, those of ``w`` in two.
+      Ranks that follow the data: the inputs of ``v`` lie in one direction, those of ``w`` in all.
 
       >>> params = jlora.wrap({"v": jnp.ones((4, 3)), "w": jnp.ones((4, 3))}, jlora.LoraSpec(targets="*", rank=2))
       >>> line, plane = jnp.zeros((9, 4)).at[:, 1].set(1.0), jax.random.normal(jax.random.key(0), (9, 4))
