@@ -39,6 +39,7 @@ from jlora.variants import VARIANTS
 LAYERS, SEEDS = 3, (0, 1, 2)
 START, FACTOR, LEAST, MOST = 2e-3, 4.0, 1e-6, 1e3  # of the climb: the first learning rate, the stride, bounds
 Arrays = dict[str, Any]  # of numpy's or JAX's, with as many rows each
+Measure = Callable[[Any, Arrays], tuple[float, float]]
 
 
 def methods(n: int) -> dict[str, jlora.LoraSpec | None]:
@@ -155,6 +156,8 @@ def sentiment_task(quick: bool, progress: bool) -> Task:
     parts = zip((1_240, 1_000, 0), sizes, strict=True)  # the test set is that of `sentiment`
     train, validation, test = (rows(order[start : start + size]) for start, size in parts)
     head = fit_probe(jnp.asarray(train["pooled"]), jnp.asarray(train["labels"]), classes=2)
+    for each in (train, validation, test):
+        del each["pooled"]
 
     def loss(params: Any, batch: Arrays) -> tuple[jax.Array, jax.Array]:
         logits: Any = top.apply({"params": params}, batch["x"], batch["mask"])
@@ -234,7 +237,7 @@ def numbers(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(jlora.partition(tree)[0]))
 
 
-def trainer(task: Task) -> Callable[[Any, float, int], tuple[Any, float]]:
+def trainer(task: Task, measured: Measure) -> Callable[[Any, float, int], tuple[Any, float]]:
     """A function of a wrapped tree, a learning rate and a seed: it gives the trained tree and its validation loss."""
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
@@ -243,8 +246,6 @@ def trainer(task: Task) -> Callable[[Any, float, int], tuple[Any, float]]:
         _, grads = jlora.value_and_grad(jlora.apply(task.loss), has_aux=True)(tree, batch)
         updates, state = jlora.optimizer(adam, tree).update(grads, state, tree)
         return optax.apply_updates(tree, jax.tree.map(lambda u: -rate * u, updates)), state
-
-    measured = measurer(task)
 
     def train(tree: Any, rate: float, seed: int) -> tuple[Any, float]:
         state, rates = jlora.optimizer(adam, tree).init(tree), training.learning_rate(rate, task.steps)
@@ -255,7 +256,7 @@ def trainer(task: Task) -> Callable[[Any, float, int], tuple[Any, float]]:
     return train
 
 
-def measurer(task: Task) -> Callable[[Any, Arrays], tuple[float, float]]:
+def measurer(task: Task) -> Measure:
     """A function of a tree and rows that gives the mean loss and the task's measure."""
     values = jax.jit(lambda tree, batch: jlora.apply(task.loss)(tree, batch))
 
@@ -286,7 +287,8 @@ def _or_inf(loss: float) -> float:
 
 def runs(task: Task, name: str, seeds: Sequence[int] = SEEDS) -> Iterator[dict[str, Any]]:
     """A row for each seed: what was trained, at which learning rate, and what came of it."""
-    train, measured = trainer(task), measurer(task)
+    measured = measurer(task)
+    train = trainer(task, measured)
     trees: dict[float, Any] = {}
 
     def loss_at(rate: float) -> float:
